@@ -1,0 +1,56 @@
+# make demo    raw text to a trained model, its samples and its loss curve
+# make test    the whole test suite, on the CPU
+#
+# Both make .venv and install what they need. To use the Python environment that is active instead, and the torch it has
+# (2.11 or newer): make test ENV=active
+
+PYTHON ?= python3
+ifeq ($(ENV),active)
+  BIN :=
+  PIP := $(PYTHON) -m pip install --quiet
+  DEMO := .active-demo
+  DEV := .active-dev
+else
+  BIN := .venv/bin/
+  PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+  DEMO := .venv/.installed-demo
+  DEV := .venv/.installed-dev
+endif
+
+.PHONY: demo test lint clean .active-demo .active-dev
+
+demo: $(DEMO)
+	$(BIN)python -m prep.tokenize --demo -o data/demo
+	$(BIN)accelerate launch --config_file accelerate_config.yaml -m accel_pretrain.train --config configs/demo.yaml
+	$(BIN)python -m accel_pretrain.evaluate --checkpoint runs/demo --data data/demo --xz
+	$(BIN)python -m accel_pretrain.sample --checkpoint runs/demo --prompt "def read_lines(path):" --prompt "class Stack:" --max_new_tokens 100
+	$(BIN)python -m accel_pretrain.plot runs/demo
+
+test: lint
+	$(BIN)python -m pytest --durations 15
+
+lint: $(DEV)
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)pyright
+
+.venv/bin/python:
+	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed; type: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv .venv
+
+.venv/.installed-demo: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[bpe,plot]'
+	touch $@
+
+.venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+.active-demo:
+	$(PIP) --editable '.[bpe,plot]'
+
+.active-dev:
+	$(PIP) --editable '.[dev]'
+
+clean:
+	rm -rf .venv runs data/demo .pytest_cache .ruff_cache

@@ -1,0 +1,188 @@
+"""The whole of a run as a person wrote it (:class:`RunConfig`), and what the machine derives from it (:class:`Plan`).
+
+Nothing ever assigns to a config. What is only known once the data and the processes are known is in the Plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from accel_pretrain.checkpoint import CheckpointConfig
+from accel_pretrain.data import DataConfig, Windows
+from accel_pretrain.errors import ConfigError
+from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.optim import AdamW, Optimizer
+from accel_pretrain.runtime import TrainingConfig
+from accel_pretrain.schedule import Cosine, Schedule
+from accel_pretrain.shards import TokenSplit, open_split
+from accel_pretrain.trackers import LoggingConfig
+from accel_pretrain.typed_yaml import section
+from accel_pretrain.validation import EvaluationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that a person can say about a run. ``configs/reference.yaml`` lists it with its defaults."""
+
+    data: DataConfig = section(DataConfig, "What to read, and in which order")
+    model: ModelConfig = section(ModelConfig, "The Transformer")
+    optimizer: Optimizer = section(AdamW, "The optimizer, chosen by name")
+    schedule: Schedule = section(Cosine, "The learning rate over time, chosen by name")
+    training: TrainingConfig = section(TrainingConfig, "How much, in which portions, on what")
+    evaluation: EvaluationConfig = section(EvaluationConfig, "The loss on held-out text")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "Saving and going on")
+    logging: LoggingConfig = section(LoggingConfig, "Reporting")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The opened data of a run."""
+
+    train: TokenSplit
+    val: TokenSplit
+
+
+def open_splits(config: DataConfig) -> Splits:
+    """Open training and validation data; raises DataError, or ConfigError when no path was given."""
+    if config.train_data_path is None:
+        raise ConfigError("data.train_data_path: not given; type --train_data_path DIR (a folder made by prep.tokenize)")
+    train = open_split(config.train_data_path, "train", config.dtype)
+    val_path = config.val_data_path
+    if val_path is None:
+        if not config.train_data_path.is_dir():
+            raise ConfigError("data.val_data_path: not given; a bare file of ids has no val split: type --val_data_path FILE")
+        val_path = config.train_data_path
+    return Splits(train, open_split(val_path, "val", config.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will be, once data and processes are known. All sizes are global unless they say otherwise."""
+
+    world_size: int
+    batch_size: int
+    accumulation: int
+    samples_per_step: int
+    tokens_per_step: int
+    max_iters: int
+    warmup_iters: int
+    vocab_size: int
+    parameters: int
+    flops_per_token: int
+    train_tokens: int
+    val_tokens: int
+    samples_per_epoch: int
+    epochs: float
+    eval_windows: int | None
+    notices: tuple[str, ...]
+
+    def describe(self) -> str:
+        """A table for people."""
+        lines = [
+            f"{key:<20} {value:,}" if isinstance(value, int) else f"{key:<20} {value}"
+            for key, value in dataclasses.asdict(self).items()
+            if key != "notices"
+        ]
+        return "\n".join([*lines, *(f"notice: {notice}" for notice in self.notices)])
+
+
+def make_plan(config: RunConfig, splits: Splits, world_size: int) -> Plan:
+    """Derive the Plan, or raise one :class:`ConfigError` with everything that does not fit together."""
+    problems: list[str] = []
+    training, model = config.training, config.model
+    accumulation = _accumulation(training, world_size, problems)
+    samples_per_step = training.batch_size * world_size * accumulation
+    vocab_size = _vocab_size(model, splits, problems)
+    windows = Windows(splits.train, model.context_length)
+    Windows(splits.val, model.context_length)  # refuses a split that is smaller than one window
+    max_iters = _max_iters(training, samples_per_step, model.context_length, windows.count)
+    problems += (f"schedule.{problem}" for problem in config.schedule.problems(config.optimizer.lr, max_iters))
+    problems += _tokenizer_problems(config, splits)
+    if problems:
+        raise ConfigError(problems)
+    with torch.device("meta"):
+        shape = Transformer(model, vocab_size)
+    evaluation = config.evaluation
+    eval_batch_size = evaluation.eval_batch_size or training.batch_size
+    return Plan(
+        world_size=world_size,
+        batch_size=training.batch_size,
+        accumulation=accumulation,
+        samples_per_step=samples_per_step,
+        tokens_per_step=samples_per_step * model.context_length,
+        max_iters=max_iters,
+        warmup_iters=config.schedule.warmup(max_iters),
+        vocab_size=vocab_size,
+        parameters=shape.num_parameters(),
+        flops_per_token=shape.flops_per_token(),
+        train_tokens=splits.train.tokens,
+        val_tokens=splits.val.tokens,
+        samples_per_epoch=windows.count,
+        epochs=round(max_iters * samples_per_step / windows.count, 3),
+        eval_windows=None if evaluation.eval_iters is None else evaluation.eval_iters * eval_batch_size,
+        notices=tuple(_notices(config, max_iters)),
+    )
+
+
+def _accumulation(training: TrainingConfig, world_size: int, problems: list[str]) -> int:
+    """Micro-steps per update. ``global_batch_size`` must divide exactly: the curve must not depend on the cluster."""
+    if training.global_batch_size is None:
+        return training.gradient_accumulation_steps or 1
+    per_micro_step = training.batch_size * world_size
+    steps, rest = divmod(training.global_batch_size, per_micro_step)
+    if rest or steps == 0:
+        near = sorted({max(1, steps) * per_micro_step, (steps + 1) * per_micro_step})
+        largest = training.global_batch_size // world_size
+        fitting = [size for size in range(1, largest + 1) if training.global_batch_size % (size * world_size) == 0]
+        nearest = min(fitting, key=lambda size: abs(size - training.batch_size), default=None)
+        problems.append(
+            f"training.global_batch_size: {training.global_batch_size} is not a multiple of batch_size {training.batch_size} x "
+            f"{world_size} processes = {per_micro_step}; try --global_batch_size {' or '.join(map(str, near))}"
+            + (f", or --batch_size {nearest}" if nearest else "")
+        )
+    return max(1, steps)
+
+
+def _vocab_size(model: ModelConfig, splits: Splits, problems: list[str]) -> int:
+    known = splits.train.tokenizer["vocab_size"] if splits.train.tokenizer else None
+    largest = max(splits.train.max_id, splits.val.max_id)
+    if model.vocab_size is None and known is None:
+        problems.append(f"model.vocab_size: a bare file of ids does not say; its largest id is {largest}: type --vocab_size N")
+    elif model.vocab_size is not None and model.vocab_size <= largest:
+        problems.append(
+            f"model.vocab_size: {model.vocab_size} is too small, the data holds token id {largest}; "
+            f"type --vocab_size {known or largest + 1}"
+        )
+    return model.vocab_size or known or largest + 1
+
+
+def _max_iters(training: TrainingConfig, samples_per_step: int, context_length: int, windows: int) -> int:
+    if training.max_tokens is not None:
+        return math.ceil(training.max_tokens / (samples_per_step * context_length))
+    if training.epochs is not None:
+        return math.ceil(training.epochs * windows / samples_per_step)
+    return training.max_iters or 100_000
+
+
+def _tokenizer_problems(config: RunConfig, splits: Splits) -> list[str]:
+    train, val = splits.train.tokenizer, splits.val.tokenizer
+    if train and val and train["fingerprint"] != val["fingerprint"]:
+        return [
+            f"data.val_data_path: made with tokenizer {val['name']}, the training data with {train['name']}: make both with one"
+        ]
+    return []
+
+
+def _notices(config: RunConfig, max_iters: int) -> list[str]:
+    """What is legal, and probably not meant."""
+    log, evaluate, save = config.logging.log_interval, config.evaluation.eval_interval, config.checkpoint.checkpoint_interval
+    found = []
+    if log > max_iters:
+        found.append(f"logging.log_interval {log} is beyond the last update {max_iters}: no training metrics will be printed")
+    if not log <= evaluate <= save:
+        found.append(f"usual is log_interval <= eval_interval <= checkpoint_interval; here they are {log}, {evaluate}, {save}")
+    return found

@@ -1,0 +1,270 @@
+"""The training loop. :func:`fit` is the whole of it, :func:`train_step` is one update; the rest is what happens now and then.
+
+``step`` counts completed updates. During ``train_step`` the update in progress is number ``state.step + 1``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from accel_pretrain.checkpoint import TrainState, publish, write_model_description
+from accel_pretrain.config import Plan, RunConfig, Splits
+from accel_pretrain.data import TokenBatches, Windows
+from accel_pretrain.errors import PretrainError
+from accel_pretrain.generate import SamplingConfig, generate
+from accel_pretrain.metrics import Stopwatch, peak_flops
+from accel_pretrain.models import Transformer
+from accel_pretrain.optim import set_lr
+from accel_pretrain.runtime import StopSignal, seed_dropout
+from accel_pretrain.tokenizer import Tokenizer
+from accel_pretrain.trackers import RunLog
+from accel_pretrain.typed_yaml import to_yaml
+from accel_pretrain.validation import EvalResult, validate
+
+MAX_SKIPPED_IN_A_ROW = 10
+RULE = "-" * 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """Everything that the loop needs, made by :mod:`accel_pretrain.train`. ``model`` is prepared, ``module`` is the bare one."""
+
+    config: RunConfig
+    plan: Plan
+    splits: Splits
+    accelerator: Accelerator
+    model: nn.Module
+    module: Transformer
+    optimizer: torch.optim.Optimizer
+    batches: TokenBatches
+    tokenizer: Tokenizer | None
+    log: RunLog
+    stop: StopSignal
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    guard: FiniteGuard = field(default_factory=lambda: FiniteGuard())
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.config.checkpoint.checkpoint_dir
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did: global mean loss in nats per token and norm before clipping, still on the device, and its rate."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    lr: float
+
+
+def fit(run: TrainingRun, state: TrainState) -> TrainState:
+    """Train from ``state`` to the end of the plan, or to a wish to stop; evaluate, report and save on the way."""
+    config, plan = run.config, run.plan
+    saved = state.step
+    run.watch.restart(state.step)
+    while state.step < plan.max_iters and not run.stop.agreed():
+        update = train_step(run, state)
+        state.step += 1
+        state.samples += plan.samples_per_step
+        state.tokens += plan.tokens_per_step
+        run.log.advance()
+        if due(state.step, config.logging.log_interval):
+            log_update(run, state, update)
+        if state.step == plan.max_iters:
+            break  # the last evaluation and checkpoint are finish's
+        with run.watch.paused():
+            improved = due(state.step, config.evaluation.eval_interval) and evaluate(run, state, "eval")
+            if due(state.step, config.logging.sample_interval):
+                show_sample(run, state)
+            if due(state.step, config.checkpoint.checkpoint_interval) or (improved and config.checkpoint.save_best):
+                save(run, state, is_best=improved)
+                saved = state.step
+    finish(run, state, saved)
+    return state
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many updates happens after update ``step``."""
+    return every is not None and step % every == 0
+
+
+def train_step(run: TrainingRun, state: TrainState) -> Update:
+    """One update: forward and backward over the micro-batches, clip, step.
+
+    The gradient is that of the mean loss over all tokens of the update, on all processes: each micro-batch contributes its
+    summed loss divided by the tokens of the whole update. Accelerate's ``backward`` divides by the accumulation and DDP
+    averages over processes, so both are multiplied back in.
+    """
+    accelerator, plan, config = run.accelerator, run.plan, run.config
+    lr = config.schedule.lr(state.step + 1, config.optimizer.lr, plan.max_iters)
+    set_lr(run.optimizer, lr)
+    scale = plan.accumulation * plan.world_size / plan.tokens_per_step
+    nats = torch.zeros((), device=accelerator.device)
+    for micro_step in range(plan.accumulation):
+        batch = run.batches.micro_batch(state.samples, micro_step).to(accelerator.device)
+        if config.model.dropout:
+            seed_dropout(config.training.seed, state.step, micro_step * plan.world_size + accelerator.process_index)
+        with accelerator.accumulate(run.model):
+            loss = run.model(batch.inputs_BT, batch.targets_BT).sum()
+            accelerator.backward(loss * scale)
+        nats += loss.detach()
+    grad_norm = accelerator.clip_grad_norm_(run.parameters, config.training.grad_clip or float("inf"))
+    loss = (
+        accelerator.reduce(nats, reduction="sum") / plan.tokens_per_step if plan.world_size > 1 else nats / plan.tokens_per_step
+    )
+    run.guard.step(run, loss, grad_norm)
+    return Update(loss=loss, grad_norm=grad_norm, lr=lr)
+
+
+class FiniteGuard:
+    """Applies an update only if its loss and gradient are finite; otherwise weights and moments stay as they are, bit for bit.
+
+    On a GPU the decision stays on the device, in the fused optimizers' own ``found_inf``, so that nothing waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._skipped: torch.Tensor | int = 0
+        self._in_a_row: torch.Tensor | int = 0
+
+    def step(self, run: TrainingRun, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        finite = torch.isfinite(loss + grad_norm)
+        if run.accelerator.scaler is not None:  # fp16: the scaler looks for overflow itself, and lowers its scale
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            return
+        # The wrapped optimizer's step costs 0.1 ms of its own; without a scaler it has nothing to add to the inner one's.
+        optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
+        if finite.device.type == "cuda":
+            bad = (~finite).float()
+            optimizer.found_inf = bad
+            optimizer.step()
+            self._skipped, self._in_a_row = self._skipped + bad, (self._in_a_row + bad) * bad
+        elif finite:
+            optimizer.step()
+            self._in_a_row = 0
+        else:
+            self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
+            self.check()
+        optimizer.zero_grad(set_to_none=True)
+
+    def check(self) -> int:
+        """How many updates were skipped so far; raises when the run has diverged."""
+        if int(self._in_a_row) >= MAX_SKIPPED_IN_A_ROW:
+            raise PretrainError(
+                f"the loss or its gradient was not finite for {int(self._in_a_row)} updates in a row, none of which touched the "
+                "weights: the run has diverged; go on from the last checkpoint with a lower --lr"
+            )
+        return int(self._skipped)
+
+
+# -------------------------------------------------------------------------------------------------------- now and then
+
+
+def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
+    """Report one update. The only place, besides evaluation, where the processor waits for the device."""
+    loss, grad_norm, skipped = update.loss.item(), update.grad_norm.item(), run.guard.check()
+    seconds = run.watch.seconds_per_step(state.step)
+    tokens_per_sec = run.plan.tokens_per_step / seconds
+    metrics = {
+        "train/loss": loss,
+        "train/learning_rate": update.lr,
+        "train/grad_norm": grad_norm,
+        "train/tokens_per_sec": tokens_per_sec,
+        "train/iter_time_ms": seconds * 1000,
+    }
+    line = (
+        f"Iter {state.step:>6} | Loss: {loss:.4f} | LR: {update.lr:.2e} | Grad norm: {grad_norm:.2f} | "
+        f"Time: {seconds * 1000:.1f}ms | Tokens/sec: {tokens_per_sec:.0f}"
+    )
+    if peak := peak_flops(run.accelerator.device):
+        metrics["train/mfu"] = tokens_per_sec * run.plan.flops_per_token / (peak * run.plan.world_size)
+        line += f" | MFU: {metrics['train/mfu']:.1%}"
+    if skipped:
+        metrics["train/skipped_updates"] = skipped
+        line += f" | Skipped: {skipped}"
+    run.log.line(line)
+    run.log.metrics(state.step, state.tokens, metrics)
+    run.watch.restart(state.step)
+
+
+def evaluate(run: TrainingRun, state: TrainState, prefix: str) -> bool:
+    """Measure both losses, report them, and say whether the validation loss is the lowest so far."""
+    run.log.line(f"{RULE}\nEvaluating at iteration {state.step}...")
+    train, val = (_validate(run, which) for which in ("train", "val"))
+    improved = state.best_val_loss is None or val.loss < state.best_val_loss
+    if improved:
+        state.best_val_loss = val.loss
+    metrics = {"eval/train_loss": train.loss, "eval/val_loss": val.loss, "eval/perplexity": val.perplexity}
+    line = (
+        f"Train loss: {train.loss:.4f} | Val loss: {val.loss:.4f} ± {val.standard_error:.4f} | Perplexity: {val.perplexity:.2f}"
+    )
+    if val.bits_per_byte is not None:
+        metrics["eval/bits_per_byte"] = val.bits_per_byte
+        line += f" | Bits per byte: {val.bits_per_byte:.4f}"
+    if prefix == "final":
+        metrics |= {"final/train_loss": train.loss, "final/val_loss": val.loss}
+    run.log.line(f"{line}\n{RULE}")
+    run.log.metrics(state.step, state.tokens, metrics)
+    return improved
+
+
+def _validate(run: TrainingRun, which: str) -> EvalResult:
+    """The loss on a fixed part of one split; of the training split, as many windows as are taken of the validation split."""
+    val = Windows(run.splits.val, run.config.model.context_length)
+    windows = val if which == "val" else run.batches.windows
+    split = run.splits.val if which == "val" else run.splits.train
+    return validate(
+        run.accelerator, run.module, windows, batch_size=run.plan.batch_size,
+        wanted=run.plan.eval_windows if run.plan.eval_windows is not None else val.count,
+        bytes_per_token=split.bytes_per_token,
+    )  # fmt: skip
+
+
+def show_sample(run: TrainingRun, state: TrainState) -> None:
+    """Generate from the model as it is now, on the main process, into the terminal."""
+    if run.tokenizer is None or not run.accelerator.is_main_process:
+        return
+    settings = run.config.logging
+    prompt = [int(id) for id in run.tokenizer.encode(settings.sample_prompt)] or [run.tokenizer.eot_id]
+    sampling = SamplingConfig(max_new_tokens=settings.sample_tokens, seed=run.config.training.seed)
+    run.module.eval()
+    with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+        ids = list(generate(run.module, prompt, sampling, vocab_size=run.tokenizer.vocab_size, stop_id=run.tokenizer.eot_id))
+    run.module.train()
+    run.log.sample(state.step, settings.sample_prompt, run.tokenizer.decode(ids))
+
+
+def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
+    """Publish a checkpoint, with all that is needed to go on, to sample and to evaluate without anything else."""
+
+    def write_extras(folder: Path) -> None:
+        (folder / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
+        write_model_description(folder, run.config.model, run.plan.vocab_size)
+        if run.tokenizer is not None:
+            run.tokenizer.save(folder / "tokenizer")
+
+    path = publish(
+        run.accelerator, run.run_dir, state, is_best=is_best, keep_last=run.config.checkpoint.keep_last,
+        facts={"world_size": run.plan.world_size, "data_fingerprint": run.splits.train.fingerprint},
+        write_extras=write_extras,
+    )  # fmt: skip
+    run.log.line(f"Saved checkpoint to {path}")
+
+
+def finish(run: TrainingRun, state: TrainState, saved: int) -> None:
+    """The end: a last evaluation and checkpoint; or, when asked to stop, only the checkpoint."""
+    if state.step == saved:
+        run.log.line(
+            f"Nothing to do: {state.step} of {run.plan.max_iters} updates are done and saved; a larger --max_iters goes on"
+        )
+    elif state.step < run.plan.max_iters:
+        save(run, state)
+        run.log.line(f"Stopped after update {state.step} of {run.plan.max_iters}; the same command goes on from here")
+    else:
+        save(run, state, is_best=evaluate(run, state, "final"))

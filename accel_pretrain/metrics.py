@@ -1,0 +1,88 @@
+"""What a run measures about itself: time, throughput, and ``metrics.jsonl``, the record that everything else is drawn from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METRICS_FILE = "metrics.jsonl"
+
+# Dense bf16 matrix throughput without sparsity, FLOP/s, from the makers' data sheets. Longest names first: "H100 PCIe" is an "H100".
+_PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak in bf16, or None where it is not known: a guess would make the utilisation a lie."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+
+
+class Stopwatch:
+    """Time spent on updates: what happens inside :meth:`paused` (validation, saving) does not count."""
+
+    def __init__(self) -> None:
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Begin a new interval after ``step`` updates."""
+        self._step, self._begin = step, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        stopped = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - stopped
+
+    def seconds_per_step(self, step: int) -> float:
+        """Mean over the updates since the interval began."""
+        return max(time.perf_counter() - self._begin, 1e-9) / max(1, step - self._step)
+
+
+class MetricsFile:
+    """Appends rows to ``metrics.jsonl``: ``step`` (completed updates), ``time`` (Unix seconds), ``tokens``, and metrics by name."""
+
+    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+        self.path = run_dir / METRICS_FILE
+        self._cut_back(resumed_step)
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+
+    def _cut_back(self, step: int) -> None:
+        """Drop rows of updates that the checkpoint does not know, and a torn last line: they are about to happen again."""
+        if self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            temporary = self.path.with_name(f".tmp_{METRICS_FILE}")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            temporary.replace(self.path)
+
+    def append(self, step: int, tokens: int, metrics: Mapping[str, Any]) -> None:
+        numbers = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), "tokens": tokens, **numbers}) + "\n")
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; a line torn by a crash is left out. A metric that was not finite is None."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows

@@ -1,0 +1,218 @@
+"""The process and its surroundings: the Accelerator, device, precision, random seeds, and the wish to stop.
+
+The only module that reads the environment variables of launchers. Machines are described there and in
+``accelerate_config.yaml``; numbers that change the result are described in the config file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
+
+from accel_pretrain.errors import ConfigError, refuse
+from accel_pretrain.permutation import key_of
+from accel_pretrain.typed_yaml import option
+
+_PRECISIONS = {"no": "no", "float32": "no", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How much to train, in which portions, and on what."""
+
+    batch_size: int = option(64, "sequences per process and micro-step")
+    gradient_accumulation_steps: int | None = option(None, "micro-steps per update; null: 1, or derived from global_batch_size")
+    global_batch_size: int | None = option(None, "sequences per update over all processes; null: what the two above give")
+    max_iters: int | None = option(None, "updates; null: from max_tokens or epochs, else 100000", aliases=("max_steps",))
+    max_tokens: int | None = option(None, "stop after the update that reaches this many tokens")
+    epochs: float | None = option(None, "passes over the training data", aliases=("num_epochs",))
+    grad_clip: float | None = option(1.0, "largest norm of the gradient; null: no clipping", aliases=("max_grad_norm",))
+    mixed_precision: Literal["no", "bf16", "fp16", "float32", "bfloat16", "float16"] | None = option(
+        None, "no | bf16 | fp16; null: the launcher's, else bf16 on a GPU that has it", aliases=("dtype",)
+    )
+    compile: bool = option(False, "compile the blocks with torch.compile (takes a minute, pays off in long runs)")
+    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
+    seed: int = option(42, "of the initial weights, the data order and dropout")
+
+    def __post_init__(self) -> None:
+        amounts = ("batch_size", "gradient_accumulation_steps", "global_batch_size", "max_iters", "max_tokens")
+        both = self.gradient_accumulation_steps is not None and self.global_batch_size is not None
+        ends = [name for name in ("max_iters", "max_tokens", "epochs") if getattr(self, name) is not None]
+        refuse(
+            *(
+                ((value := getattr(self, name)) is not None and value < 1, f"{name}: must be at least 1, got {value}")
+                for name in amounts
+            ),
+            (both, "global_batch_size: give it or gradient_accumulation_steps, not both: each follows from the other"),
+            (len(ends) > 1, f"{' and '.join(ends)}: give one of them, each says when to stop"),
+            (self.epochs is not None and self.epochs <= 0, f"epochs: must be positive, got {self.epochs}"),
+            (self.grad_clip is not None and self.grad_clip <= 0, f"grad_clip: must be positive or null, got {self.grad_clip}"),
+            (not 0 <= self.seed < 2**63, f"seed: must be at least 0 and below 2^63, got {self.seed}"),
+        )
+
+
+def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Path) -> Accelerator:
+    """The Accelerator, made before anything else: it decides device, precision and process group.
+
+    Raises :class:`ConfigError` for a device or precision that this machine does not have, and when the launcher started a
+    number of processes that Accelerate does not see.
+    """
+    cpu = _use_cpu(training.device)
+    precision, _ = resolve_precision(training, cpu)
+    refuse((precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"))
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        # A plugin, because the bare argument would give way to a variable that `accelerate launch` may export.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=1, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        # Rotary tables are buffers and equal everywhere: broadcasting them at every forward would only cost time.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        log_with=log_with or None,
+        project_dir=str(run_dir),
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise ConfigError(f"the launcher started {expected} processes, but Accelerate sees {accelerator.num_processes}")
+    return accelerator
+
+
+def _use_cpu(wanted: str) -> bool:
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    available = {"auto": True, "cpu": True, "cuda": cuda, "mps": mps}[wanted]
+    refuse((not available, f"training.device: {wanted} is not available on this machine; type --device auto"))
+    return wanted == "cpu" or forced or not (cuda or mps)
+
+
+def resolve_precision(training: TrainingConfig, cpu: bool) -> tuple[str, str]:
+    """The precision in Accelerate's words, and who decided it: the config, the launcher, or the device."""
+    if training.mixed_precision is not None:
+        return _PRECISIONS[training.mixed_precision], "config"
+    if launcher := os.environ.get("ACCELERATE_MIXED_PRECISION"):
+        return launcher, "launcher"
+    capable = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return ("bf16" if capable else "no"), "device"
+
+
+def describe_runtime(accelerator: Accelerator, training: TrainingConfig) -> str:
+    """One line: device, processes, precision and who chose it."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    precision, source = resolve_precision(training, device.type == "cpu")
+    shown = "fp32" if precision == "no" else precision
+    return f"Device: {device} ({name}) | Processes: {accelerator.num_processes} | Precision: {shown} (from the {source})"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every process: called before the model is made, so that its weights are equal."""
+    set_seed(seed % 2**32)
+
+
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Make the coming forward's dropout a function of the update and of the micro-batch's number within it.
+
+    ``micro_batch`` counts over all processes, so the masks do not depend on how micro-batches are spread over processes, and a
+    resumed run draws the same ones without any saved random state.
+    """
+    torch.manual_seed(key_of(seed, step, micro_batch))
+
+
+# ------------------------------------------------------------------------------------------------------------- stopping
+
+
+class StopSignal:
+    """Remembers that Ctrl+C or SIGTERM came, so that the loop can finish its update, save, and leave.
+
+    The handler only sets a flag. Signals that follow within a second count as the same wish (launchers pass them on twice); a
+    later Ctrl+C leaves at once, which loses nothing that was already published.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._since = 0.0
+        self._control: dist.ProcessGroup | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        _stop_with_the_launcher()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._since = number, now
+            os.write(2, b"\nstopping: finishing this update and saving (Ctrl+C again to leave at once)\n")
+        elif number == signal.SIGINT and now - self._since > 1.0:
+            os.write(2, b"\nleaving without saving; the last checkpoint is untouched\n")
+            os._exit(130)
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop: all processes get the same answer at the same update. Collective."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self.signal is not None
+        if self._control is None:  # on the CPU, so that asking never waits for a GPU
+            self._control = dist.new_group(backend="gloo")
+        flag = torch.tensor(self.signal or 0)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)
+        self.signal = int(flag) or None
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """0 when nothing stopped the run, or under an elastic launcher (which would call anything else a failure)."""
+        return 0 if self.signal is None or "TORCHELASTIC_RUN_ID" in os.environ else 128 + self.signal
+
+
+def _stop_with_the_launcher() -> None:
+    """Ask Linux to send SIGTERM when the launcher dies: it does not always pass its own SIGTERM on, and leaves orphans."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+# ----------------------------------------------------------------------------------------------------------- agreement
+
+
+def all_agree(accelerator: Accelerator, ok: bool) -> bool:
+    """Whether ``ok`` holds on every process. Collective: a failure on one rank must not leave the others waiting."""
+    if accelerator.num_processes == 1:
+        return ok
+    flag = torch.tensor(0 if ok else 1, device=accelerator.device)
+    return int(accelerator.reduce(flag, reduction="sum")) == 0  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def together(accelerator: Accelerator, error: type[Exception]) -> Iterator[None]:
+    """Run a block on every process; if it raises anywhere, raise everywhere. Collective."""
+    caught: Exception | None = None
+    try:
+        yield
+    except Exception as problem:  # whatever it is, the others must hear of it before anyone raises
+        caught = problem
+    if not all_agree(accelerator, caught is None):
+        raise caught or error("another process failed; its message is above")

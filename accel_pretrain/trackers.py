@@ -1,0 +1,131 @@
+"""Where a run reports: the terminal and ``metrics.jsonl`` always, wandb and others through Accelerate's trackers.
+
+A tracker that is missing, not logged in or broken costs one warning and never the run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from accel_pretrain.errors import refuse
+from accel_pretrain.metrics import MetricsFile
+from accel_pretrain.typed_yaml import option
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What to report, how often, and to whom."""
+
+    log_interval: int = option(100, "updates between metrics")
+    trackers: tuple[str, ...] = option((), "Accelerate trackers by name: wandb, tensorboard, trackio, mlflow, ...")
+    use_wandb: bool = option(False, "the same as naming wandb in trackers")
+    wandb_project: str = option("transformer-lm", "project, for trackers that have projects")
+    wandb_run_name: str | None = option(None, "run name in wandb; null: wandb chooses")
+    sample_interval: int | None = option(None, "updates between generated samples; null: none")
+    sample_prompt: str = option("", "what the samples continue; empty: a new document")
+    sample_tokens: int = option(64, "tokens per sample")
+
+    def __post_init__(self) -> None:
+        refuse(
+            (self.log_interval < 1, f"log_interval: must be at least 1, got {self.log_interval}"),
+            ((self.sample_interval or 1) < 1, f"sample_interval: must be at least 1 or null, got {self.sample_interval}"),
+            (self.sample_tokens < 1, f"sample_tokens: must be at least 1, got {self.sample_tokens}"),
+        )
+
+    @property
+    def tracker_names(self) -> list[str]:
+        """The trackers that can be imported here; a warning names those that cannot."""
+        wanted = dict.fromkeys((*self.trackers, *(("wandb",) if self.use_wandb else ())))
+        missing = [name for name in wanted if name != "all" and importlib.util.find_spec(_module(name)) is None]
+        for name in missing:
+            _log.warning("%s is not installed, so it gets no metrics (pip install 'accel_pretrain[track]')", name)
+        return [name for name in wanted if name not in missing]
+
+
+def _module(tracker: str) -> str:
+    return {"comet_ml": "comet_ml", "tensorboard": "tensorboard", "dvclive": "dvclive"}.get(tracker, tracker)
+
+
+class RunLog:
+    """The terminal, the metrics file and the trackers of one run. Only the main process writes."""
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, *, step: int, total: int) -> None:
+        self._accelerator = accelerator
+        main = accelerator.is_main_process
+        self._file = MetricsFile(run_dir, step) if main else None
+        self._bar = tqdm(
+            total=total, initial=step, unit="it", dynamic_ncols=True, smoothing=0.05,
+            disable=not (main and sys.stderr.isatty()),
+        )  # fmt: skip
+
+    def start_trackers(self, config: LoggingConfig, settings: Mapping[str, Any]) -> None:
+        """Begin reporting to the trackers that the Accelerator was built with. ``settings`` is the nested config."""
+        if not self._accelerator.log_with:
+            return
+        # wandb: do not wait long for a network that is not there
+        kwargs = {"wandb": {"name": config.wandb_run_name, "settings": {"init_timeout": 30}}}
+        try:
+            self._accelerator.init_trackers(config.wandb_project, config=_flat(settings), init_kwargs=kwargs)
+        except Exception as error:  # anything that a third party's start may raise
+            self._give_up(error)
+
+    def line(self, text: str) -> None:
+        """One line for people, above the progress bar if there is one."""
+        if self._accelerator.is_main_process:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def advance(self, updates: int = 1) -> None:
+        self._bar.update(updates)
+
+    def metrics(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """One row, to the file and to every tracker."""
+        if self._file is None:
+            return
+        self._file.append(step, tokens, metrics)
+        try:
+            self._accelerator.log({**metrics, "tokens": tokens}, step=step)
+        except Exception as error:
+            self._give_up(error)
+
+    def sample(self, step: int, prompt: str, continuation: str) -> None:
+        """Generated text, to the terminal and to ``samples.jsonl``."""
+        if self._file is not None:
+            self.line(f"Sample at iteration {step}: {prompt}{continuation}")
+            with self._file.path.with_name("samples.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "prompt": prompt, "text": continuation}) + "\n")
+
+    def _give_up(self, error: Exception) -> None:
+        names = ", ".join(getattr(tracker, "name", "") for tracker in self._accelerator.trackers)
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _log.warning("tracker %s failed and gets no more metrics: %s", names or self._accelerator.log_with, first)
+        self._accelerator.trackers = []
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys with values that every tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

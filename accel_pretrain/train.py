@@ -1,0 +1,202 @@
+"""Train a model: ``accelerate launch -m accel_pretrain.train --config C.yaml``, or plain ``python -m`` on one device.
+
+``main -> pretrain -> fit -> train_step``: this file reads the command line and puts a run together, in the order that matters
+(accelerator, data, seed, model, optimizer, prepare, resume, compile); :mod:`accel_pretrain.loop` does the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from accel_pretrain.checkpoint import TrainState, find_newest, read_facts, resolve, restore, sweep
+from accel_pretrain.config import Plan, RunConfig, Splits, make_plan, open_splits
+from accel_pretrain.data import TokenBatches
+from accel_pretrain.errors import CheckpointError, ConfigError, reported
+from accel_pretrain.loop import RULE, TrainingRun, fit
+from accel_pretrain.models import Transformer
+from accel_pretrain.runtime import StopSignal, build_accelerator, describe_runtime, seed_everything, together
+from accel_pretrain.tokenizer import load_tokenizer
+from accel_pretrain.trackers import RunLog
+from accel_pretrain.typed_yaml import CommandLine, load, parse_command_line, reference, to_plain, to_yaml
+
+USAGE = """\
+usage: accelerate launch -m accel_pretrain.train --config FILE [--section.key VALUE | --key VALUE | section.key=VALUE]...
+       python -m accel_pretrain.train --train_data_path DIR [...]      one process, one device
+
+  --print_config   show the resolved config and the plan, and stop
+  --help           show this
+
+Every key, its default and its meaning (a key whose last part is unique may stand alone, as --batch_size 32):
+
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    with reported():
+        words = sys.argv[1:] if argv is None else argv
+        line = parse_command_line(RunConfig, words, flags={"help", "print_config"}, short={"-h": "help"})
+        if "help" in line.flags:
+            print(USAGE + reference(RunConfig))
+            return 0
+        return pretrain(load_config(line), only_print="print_config" in line.flags)
+    return 2
+
+
+def load_config(line: CommandLine) -> RunConfig:
+    """Defaults, then the file, then the overrides. Without a file, resuming from a path takes that run's own config."""
+    file, resume_from = line.config, dict(line.overrides).get("checkpoint.resume_from")
+    if file is None and resume_from is not None and resume_from.raw not in ("auto", "never"):
+        file = resolve(Path(resume_from.raw)) / "config.yaml"
+    return load(RunConfig, file, line.overrides)
+
+
+def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
+    """Put a run together and train it; returns the exit code."""
+    accelerator = build_accelerator(config.training, config.logging.tracker_names, config.checkpoint.checkpoint_dir)
+    say = accelerator.print
+    try:
+        say("Loading data with memory mapping...")
+        splits = open_splits(config.data)
+        plan = make_plan(config, splits, accelerator.num_processes)
+        if only_print:
+            say(f"{to_yaml(config)}\n# plan\n{plan.describe()}")
+            return 0
+        with StopSignal() as stop:
+            run, state = assemble(config, plan, splits, accelerator, stop)
+            try:
+                fit(run, state)
+            finally:
+                run.log.close()
+            return stop.exit_code
+    finally:
+        accelerator.end_training()
+
+
+def assemble(
+    config: RunConfig, plan: Plan, splits: Splits, accelerator: Accelerator, stop: StopSignal
+) -> tuple[TrainingRun, TrainState]:
+    """Build model, optimizer and the rest, on every process alike, and go on from a checkpoint if there is one."""
+    run_dir = config.checkpoint.checkpoint_dir
+    checkpoint = prepare_run_directory(accelerator, config, plan, splits)
+    accelerator.gradient_accumulation_steps = plan.accumulation
+    seed_everything(config.training.seed)
+    module = Transformer(config.model, plan.vocab_size)
+    model, optimizer = accelerator.prepare(module, config.optimizer.build(module))
+    state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
+    if config.training.compile:
+        for layer in module.layers:  # in place: parameter names stay, and DDP still overlaps its communication
+            layer.compile()
+    run = TrainingRun(
+        config=config, plan=plan, splits=splits, accelerator=accelerator, model=model.train(), module=module,
+        optimizer=optimizer, stop=stop, parameters=list(model.parameters()),
+        tokenizer=load_tokenizer(splits.train.tokenizer_path) if splits.train.tokenizer_path else None,
+        log=RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters),
+        batches=TokenBatches(
+            splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
+            sampling=config.data.sampling, world_size=plan.world_size, rank=accelerator.process_index,
+        ),
+    )  # fmt: skip
+    announce(run, state, checkpoint)
+    run.log.start_trackers(config.logging, to_plain(config))
+    return run, state
+
+
+def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Plan, splits: Splits) -> Path | None:
+    """Make the run directory, find the checkpoint to go on from (None: start afresh), and record the config. Collective."""
+    run_dir = config.checkpoint.checkpoint_dir
+    found: list[Path | None] = [None]
+    with together(accelerator, CheckpointError):
+        if accelerator.is_main_process:
+            _make_writable(run_dir)
+            sweep(run_dir)
+            found[0] = find_checkpoint(config)
+            if found[0] is not None:
+                check_compatible(config, plan, splits, found[0])
+            temporary = run_dir / ".tmp_config.yaml"
+            temporary.write_text(to_yaml(config), encoding="utf-8")
+            temporary.replace(run_dir / "config.yaml")
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(found)
+    return found[0]
+
+
+def _make_writable(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".tmp_probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"checkpoint.checkpoint_dir: cannot write to {os.path.abspath(run_dir)} ({error.strerror}); "
+            "type --checkpoint_dir DIR"
+        ) from None
+
+
+def find_checkpoint(config: RunConfig) -> Path | None:
+    """The verified checkpoint that ``resume_from`` means, or None."""
+    run_dir, wanted = config.checkpoint.checkpoint_dir, config.checkpoint.resume_from
+    if wanted not in ("auto", "never"):
+        return resolve(Path(wanted).expanduser())
+    newest = find_newest(run_dir)
+    if newest is not None and wanted == "never":
+        raise CheckpointError(
+            f"{run_dir} already holds {newest.name}; type --resume_from auto to go on with it, or another --checkpoint_dir"
+        )
+    return newest
+
+
+def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: Path) -> None:
+    """Refuse to go on with another model, data, order or optimizer; say which other settings have changed since."""
+    saved, now = _flat_config(load(RunConfig, checkpoint / "config.yaml")), _flat_config(config)
+    changed = {key: (saved[key], now[key]) for key in now if saved.get(key) != now[key]}
+    fixed = ("optimizer.name", "data.sampling", "training.seed")
+    problems = [
+        f"{key}: {checkpoint.name} has {old}, this config says {new}"
+        for key, (old, new) in changed.items()
+        if (key.startswith("model.") and key not in ("model.dropout", "model.vocab_size")) or key in fixed
+    ]
+    if read_facts(checkpoint)["data_fingerprint"] != splits.train.fingerprint:
+        problems.append(f"data.train_data_path: {checkpoint.name} was trained on other tokens than {splits.train.source} holds")
+    if problems:
+        raise CheckpointError([*problems, "to start afresh instead, type another --checkpoint_dir"])
+    for key, (old, new) in changed.items():
+        if not key.startswith(("logging.", "checkpoint.")):
+            print(f"changed since {checkpoint.name}: {key} {old} -> {new}")
+
+
+def _flat_config(config: RunConfig) -> dict[str, object]:
+    return {f"{section}.{key}": value for section, values in to_plain(config).items() for key, value in values.items()}
+
+
+def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None) -> None:
+    """The lines before the first update: what is about to happen, on what."""
+    plan, say = run.plan, run.log.line
+    trainable = sum(parameter.numel() for parameter in run.parameters if parameter.requires_grad)
+    say(f"Train data size: {plan.train_tokens:,} tokens\nValidation data size: {plan.val_tokens:,} tokens\n")
+    say(f"Total parameters: {plan.parameters:,}\nTrainable parameters: {trainable:,}\n")
+    if checkpoint is not None:
+        say(f"Resuming from {checkpoint}")
+    say(f"Starting training from iteration {state.step}...")
+    say(describe_runtime(run.accelerator, run.config.training))
+    say(
+        f"Batch: {plan.batch_size} sequences x {plan.accumulation} micro-steps x {plan.world_size} processes = "
+        f"{plan.tokens_per_step:,} tokens per update"
+    )
+    say(f"Max iterations: {plan.max_iters} ({plan.epochs:g} passes over the data)")
+    for notice in plan.notices:
+        say(f"Notice: {notice}")
+    say(RULE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

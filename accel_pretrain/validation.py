@@ -1,0 +1,101 @@
+"""The loss on a fixed set of windows: the same number whatever the number of processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from accel_pretrain.data import Windows
+from accel_pretrain.errors import refuse
+from accel_pretrain.loss import IGNORE
+from accel_pretrain.typed_yaml import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How often to measure the loss without training on it, and on how much."""
+
+    eval_interval: int = option(500, "updates between evaluations")
+    eval_iters: int | None = option(100, "batches of eval_batch_size windows per evaluation; null: the whole val split")
+    eval_batch_size: int | None = option(None, "windows per batch, over all processes; null: training.batch_size")
+
+    def __post_init__(self) -> None:
+        refuse(
+            (self.eval_interval < 1, f"eval_interval: must be at least 1, got {self.eval_interval}"),
+            ((self.eval_iters or 1) < 1, f"eval_iters: must be at least 1 or null, got {self.eval_iters}"),
+            ((self.eval_batch_size or 1) < 1, f"eval_batch_size: must be at least 1 or null, got {self.eval_batch_size}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """``loss`` in nats per token, and ``standard_error`` of that mean over windows; ``bytes_per_token`` of the split if known."""
+
+    loss: float
+    standard_error: float
+    tokens: int
+    bytes_per_token: float | None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits to encode one byte of the text: comparable between tokenizers, and with compressors."""
+        return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
+
+
+def evenly_spaced(count: int, wanted: int | None) -> np.ndarray:
+    """The numbers of ``wanted`` windows (null: all) spread over ``count``: always the same ones, not only the beginning."""
+    wanted = count if wanted is None else min(wanted, count)
+    return np.arange(wanted) * count // wanted
+
+
+@torch.no_grad()
+def validate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    windows: Windows,
+    *,
+    batch_size: int,
+    wanted: int | None = None,
+    bytes_per_token: float | None = None,
+) -> EvalResult:
+    """Mean loss over ``wanted`` windows. Collective; process r takes batches r, r + world size, ...
+
+    ``model`` is the unwrapped module. It comes back in the mode in which it was given, and no random numbers are drawn.
+    """
+    chosen = evenly_spaced(windows.count, wanted)
+    was_training = model.training
+    model.eval()
+    sums = np.zeros(2)
+    for begin in range(accelerator.process_index * batch_size, chosen.size, accelerator.num_processes * batch_size):
+        nats = _nats_per_window(accelerator.device, model, windows, chosen[begin : begin + batch_size], batch_size)
+        sums += nats.sum(), np.square(nats).sum()
+    model.train(was_training)
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device), reduction="sum").cpu().numpy()  # type: ignore[union-attr]
+    T, n = windows.context_length, chosen.size
+    mean = sums[0] / n
+    variance = max(0.0, sums[1] / n - mean**2) * n / max(1, n - 1)
+    return EvalResult(loss=mean / T, standard_error=math.sqrt(variance / n) / T, tokens=n * T, bytes_per_token=bytes_per_token)
+
+
+def _nats_per_window(
+    device: torch.device, model: nn.Module, windows: Windows, chosen: np.ndarray, batch_size: int
+) -> np.ndarray:
+    """Summed loss of each chosen window, float64. The last batch is filled up with windows that do not count: one shape only."""
+    ids = windows.read(np.resize(chosen, batch_size), np.zeros(batch_size, dtype=np.int64))
+    ids_BS = torch.from_numpy(ids).to(device)
+    targets_BT = ids_BS[:, 1:].clone()
+    targets_BT[chosen.size :] = IGNORE
+    nats_B = model(ids_BS[:, :-1], targets_BT)
+    return (
+        nats_B[: chosen.size].double().cpu().numpy() if device.type != "mps" else nats_B[: chosen.size].cpu().double().numpy()
+    )

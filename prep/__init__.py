@@ -1,0 +1,1 @@
+"""Turn raw text into token datasets: ``python -m prep.tokenize SRC... -o DIR``."""
