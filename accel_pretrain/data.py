@@ -1,6 +1,6 @@
 """Which tokens every process reads at every micro-step, as a pure function of the sample's number.
 
-Read :meth:`TokenBatches.micro_batch` first. A run consumes samples 0, 1, 2, ...; sample *i* is the same window of tokens
+Read :meth:`TokenBatches.micro_batches` first. A run consumes samples 0, 1, 2, ...; sample *i* is the same window of tokens
 whatever the number of processes, the micro-batch or the accumulation, and after any restart: the only state of the data is how
 many samples were consumed. The next update of G samples splits them as
 ``first_sample + (micro_step * world_size + rank) * batch_size + row``.
@@ -19,6 +19,8 @@ from accel_pretrain.errors import DataError
 from accel_pretrain.permutation import Permutation, key_of, uniform
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.typed_yaml import option
+
+_READ_AHEAD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class Windows:
 
     Windows do not cross files. Within a file of n ids, window w begins at ``min(phase + w * T, n - 1 - T)``: the phase, below
     T, moves all cuts, and the last window is moved back to fit, so that every epoch has the same number of windows.
+    A *start* is where a window begins, counted through all files over the beginnings that have T ids behind them.
     """
 
     def __init__(self, split: TokenSplit, context_length: int) -> None:
@@ -72,31 +75,28 @@ class Windows:
                 f"{context_length + 1}; lower --context_length below {max(2, split.tokens)} or prepare more text"
             )
         self._views = [np.lib.stride_tricks.sliding_window_view(file, context_length + 1) for file in files]
-        self._ends = np.cumsum([(file.size - 1) // context_length for file in files])
+        self._window_ends = np.cumsum([(file.size - 1) // context_length for file in files])
         self._start_ends = np.cumsum([view.shape[0] for view in self._views])
-        self.count = int(self._ends[-1])
+        self.count = int(self._window_ends[-1])
         self.starts = int(self._start_ends[-1])
 
-    def read(self, windows: np.ndarray, phases: np.ndarray) -> np.ndarray:
-        """The ids of N windows, each cut at its phase: int64 (N, T + 1)."""
+    def starts_of(self, windows: np.ndarray, phases: np.ndarray | int = 0) -> np.ndarray:
+        """Where each of N windows begins when cut at its phase."""
+        files = np.searchsorted(self._window_ends, windows, side="right")
+        first_window = np.concatenate(([0], self._window_ends))[files]
+        first_start = np.concatenate(([0], self._start_ends))[files]
+        starts = first_start + (windows - first_window) * self.context_length + phases
+        return np.minimum(starts, self._start_ends[files] - 1)
+
+    def read(self, starts: np.ndarray) -> np.ndarray:
+        """The ids of the N windows that begin at ``starts``: int64 (N, T + 1)."""
         if len(self._views) == 1:
-            return self._read_file(0, windows, phases)
-        return self._gather(windows, self._ends, lambda file, own, chosen: self._read_file(file, own, phases[chosen]))
-
-    def read_at(self, starts: np.ndarray) -> np.ndarray:
-        """The ids of N windows that begin anywhere: ``starts`` counts all possible beginnings over all files."""
-        return self._gather(starts, self._start_ends, lambda file, own, _: self._views[file][own].astype(np.int64))
-
-    def _read_file(self, file: int, windows: np.ndarray, phases: np.ndarray) -> np.ndarray:
-        view = self._views[file]
-        return view[np.minimum(windows * self.context_length + phases, view.shape[0] - 1)].astype(np.int64)
-
-    def _gather(self, indices: np.ndarray, ends: np.ndarray, read) -> np.ndarray:  # noqa: ANN001
-        out = np.empty((indices.size, self.context_length + 1), dtype=np.int64)
-        files = np.searchsorted(ends, indices, side="right")
+            return self._views[0][starts].astype(np.int64)
+        out = np.empty((starts.size, self.context_length + 1), dtype=np.int64)
+        files = np.searchsorted(self._start_ends, starts, side="right")
         for file in np.unique(files):
             chosen = files == file
-            out[chosen] = read(file, indices[chosen] - (ends[file - 1] if file else 0), chosen)
+            out[chosen] = self._views[file][starts[chosen] - (self._start_ends[file - 1] if file else 0)]
         return out
 
 
@@ -110,44 +110,57 @@ class TokenBatches:
         context_length: int,
         batch_size: int,
         seed: int,
+        accumulation: int = 1,
         sampling: Literal["shuffle", "random"] = "shuffle",
         world_size: int = 1,
         rank: int = 0,
     ) -> None:
         self.windows = Windows(split, context_length)
-        self.batch_size, self.seed, self.sampling = batch_size, seed, sampling
-        self.world_size, self.rank = world_size, rank
+        self.seed, self.sampling = seed, sampling
         self.samples_per_epoch = self.windows.count
-        # The order is worked out for a block of samples at a time, which costs less per sample than one batch at a time.
+        micro_steps, rows = np.arange(accumulation)[:, None], np.arange(batch_size)
+        self._samples_per_step = accumulation * world_size * batch_size
+        self._share = (micro_steps * world_size + rank) * batch_size + rows
+        # Small updates are read several at a time, since a call of NumPy costs more than what it copies for one of them.
+        self._updates_ahead = max(1, _READ_AHEAD_BYTES // (8 * self._share.size * (context_length + 1)))
+        self._ahead: list[list[Batch]] = []
+        self._ahead_first = 0
+        # The order is worked out for a block of samples at a time, which costs less per sample than one update at a time.
         self._block = min(max(self.samples_per_epoch, 256), 16384)
-        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._orders: dict[int, np.ndarray] = {}
 
-    def micro_batch(self, first_sample: int, micro_step: int) -> Batch:
-        """This process's share of micro-step ``micro_step`` in the update whose samples begin at ``first_sample``."""
-        begin = first_sample + (micro_step * self.world_size + self.rank) * self.batch_size
-        return Batch(torch.from_numpy(self.samples(np.arange(begin, begin + self.batch_size))))
+    def micro_batches(self, first_sample: int) -> list[Batch]:
+        """This process's micro-batches, in order, of the update whose samples begin at ``first_sample``."""
+        update, odd = divmod(first_sample - self._ahead_first, self._samples_per_step)
+        if odd or not 0 <= update < len(self._ahead):
+            self._ahead, self._ahead_first, update = self._read_updates(first_sample), first_sample, 0
+        return self._ahead[update]
+
+    def _read_updates(self, first_sample: int) -> list[list[Batch]]:
+        begins = first_sample + np.arange(self._updates_ahead) * self._samples_per_step
+        numbers = begins[:, None, None] + self._share
+        ids = torch.from_numpy(self.samples(numbers.ravel())).unflatten(0, numbers.shape)
+        return [[Batch(ids_BS) for ids_BS in update] for update in ids]
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
         """The ids of the samples with these numbers: int64 (N, T + 1)."""
         if self.sampling == "random":
-            return self.windows.read_at(uniform(key_of(self.seed), numbers, self.windows.starts))
-        first, last = int(numbers[0]) // self._block, int(numbers[-1]) // self._block
-        parts = [self._order(block) for block in range(first, last + 1)]
-        windows, phases = parts[0] if len(parts) == 1 else (np.concatenate(column) for column in zip(*parts, strict=True))
-        inside = numbers - first * self._block
-        return self.windows.read(windows[inside], phases[inside])
+            return self.windows.read(uniform(key_of(self.seed), numbers, self.windows.starts))
+        first, last = int(numbers.min()) // self._block, int(numbers.max()) // self._block
+        starts = self._order(first) if first == last else np.concatenate([self._order(b) for b in range(first, last + 1)])
+        return self.windows.read(starts[numbers - first * self._block])
 
-    def _order(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Window and phase of each sample in a block; the last two blocks are kept."""
+    def _order(self, block: int) -> np.ndarray:
+        """Where the window of each sample in a block begins; the newest two blocks are kept."""
         if block not in self._orders:
             numbers = np.arange(block * self._block, (block + 1) * self._block)
+            epochs, ranks = np.divmod(numbers, self.samples_per_epoch)
             windows, phases = np.empty_like(numbers), np.empty_like(numbers)
-            for epoch in range(int(numbers[0]) // self.samples_per_epoch, int(numbers[-1]) // self.samples_per_epoch + 1):
-                inside = numbers // self.samples_per_epoch == epoch
-                key = key_of(self.seed, epoch)
-                windows[inside] = Permutation(self.samples_per_epoch, key)(numbers[inside] % self.samples_per_epoch)
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+                inside, key = epochs == epoch, key_of(self.seed, epoch)
+                windows[inside] = Permutation(self.samples_per_epoch, key)(ranks[inside])
                 phases[inside] = key % self.windows.context_length
-            if len(self._orders) > 1:
+            while len(self._orders) > 1:
                 del self._orders[min(self._orders)]
-            self._orders[block] = windows, phases
+            self._orders[block] = self.windows.starts_of(windows, phases)
         return self._orders[block]

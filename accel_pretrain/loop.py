@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,11 +30,15 @@ from accel_pretrain.validation import EvalResult, validate
 
 MAX_SKIPPED_IN_A_ROW = 10
 RULE = "-" * 80
+_NOTHING = contextlib.nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """Everything that the loop needs, made by :mod:`accel_pretrain.train`. ``model`` is prepared, ``module`` is the bare one."""
+    """Everything that the loop needs, made by :mod:`accel_pretrain.train`.
+
+    ``model`` is prepared and ``module`` the same unwrapped. ``weights_B`` is what a nat of each sequence counts in the gradient.
+    """
 
     config: RunConfig
     plan: Plan
@@ -42,6 +48,7 @@ class TrainingRun:
     module: Transformer
     optimizer: torch.optim.Optimizer
     batches: TokenBatches
+    weights_B: torch.Tensor
     tokenizer: Tokenizer | None
     log: RunLog
     stop: StopSignal
@@ -98,28 +105,32 @@ def train_step(run: TrainingRun, state: TrainState) -> Update:
     """One update: forward and backward over the micro-batches, clip, step.
 
     The gradient is that of the mean loss over all tokens of the update, on all processes: each micro-batch contributes its
-    summed loss divided by the tokens of the whole update. Accelerate's ``backward`` divides by the accumulation and DDP
-    averages over processes, so both are multiplied back in.
+    summed nats, divided by the tokens of the whole update. DDP averages over processes, so that is multiplied back in.
+    Gradients are exchanged once, in the last micro-step.
     """
     accelerator, plan, config = run.accelerator, run.plan, run.config
     lr = config.schedule.lr(state.step + 1, config.optimizer.lr, plan.max_iters)
     set_lr(run.optimizer, lr)
-    scale = plan.accumulation * plan.world_size / plan.tokens_per_step
-    nats = torch.zeros((), device=accelerator.device)
-    for micro_step in range(plan.accumulation):
-        batch = run.batches.micro_batch(state.samples, micro_step).to(accelerator.device)
+    nats: list[torch.Tensor] = []
+    for micro_step, cpu_batch in enumerate(run.batches.micro_batches(state.samples)):
+        batch = cpu_batch.to(accelerator.device)
         if config.model.dropout:
             seed_dropout(config.training.seed, state.step, micro_step * plan.world_size + accelerator.process_index)
-        with accelerator.accumulate(run.model):
-            loss = run.model(batch.inputs_BT, batch.targets_BT).sum()
-            accelerator.backward(loss * scale)
-        nats += loss.detach()
+        exchange = plan.world_size == 1 or micro_step == plan.accumulation - 1
+        with _NOTHING if exchange else accelerator.no_sync(run.model):
+            nats_B = run.model(batch.inputs_BT, batch.targets_BT)
+            accelerator.backward(nats_B, gradient=run.weights_B)
+        nats.append(nats_B.detach())
     grad_norm = accelerator.clip_grad_norm_(run.parameters, config.training.grad_clip or float("inf"))
-    loss = (
-        accelerator.reduce(nats, reduction="sum") / plan.tokens_per_step if plan.world_size > 1 else nats / plan.tokens_per_step
-    )
+    loss = _sum_over_processes(run, torch.cat(nats).sum()) / plan.tokens_per_step
     run.guard.step(run, loss, grad_norm)
     return Update(loss=loss, grad_norm=grad_norm, lr=lr)
+
+
+def _sum_over_processes(run: TrainingRun, value: torch.Tensor) -> torch.Tensor:
+    if run.plan.world_size == 1:
+        return value
+    return run.accelerator.reduce(value, reduction="sum")  # type: ignore[return-value]
 
 
 class FiniteGuard:
@@ -133,19 +144,18 @@ class FiniteGuard:
         self._in_a_row: torch.Tensor | int = 0
 
     def step(self, run: TrainingRun, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        finite = torch.isfinite(loss + grad_norm)
         if run.accelerator.scaler is not None:  # fp16: the scaler looks for overflow itself, and lowers its scale
             run.optimizer.step()
             run.optimizer.zero_grad()
             return
         # The wrapped optimizer's step costs 0.1 ms of its own; without a scaler it has nothing to add to the inner one's.
         optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-        if finite.device.type == "cuda":
-            bad = (~finite).float()
-            optimizer.found_inf = bad
+        if loss.device.type == "cuda":
+            bad = (~torch.isfinite(loss + grad_norm)).float()
+            optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
             optimizer.step()
             self._skipped, self._in_a_row = self._skipped + bad, (self._in_a_row + bad) * bad
-        elif finite:
+        elif math.isfinite(loss.item() + grad_norm.item()):
             optimizer.step()
             self._in_a_row = 0
         else:

@@ -16,5 +16,5 @@ def next_token_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch
     their token counts unequal. ``targets_BT`` are already shifted: ``targets_BT[:, t]`` is what follows ``inputs_BT[:, t]``.
     """
     B, T, V = logits_BTV.shape
-    nats = F.cross_entropy(logits_BTV.float().view(B * T, V), targets_BT.reshape(B * T), ignore_index=IGNORE, reduction="none")
+    nats = F.cross_entropy(logits_BTV.float().reshape(B * T, V), targets_BT.reshape(B * T), ignore_index=IGNORE, reduction="none")
     return nats.view(B, T).sum(dim=1)

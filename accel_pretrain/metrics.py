@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,11 +16,13 @@ import torch
 
 METRICS_FILE = "metrics.jsonl"
 
-# Dense bf16 matrix throughput without sparsity, FLOP/s, from the makers' data sheets. Longest names first: "H100 PCIe" is an "H100".
+# Dense bf16 matrix throughput without sparsity, FLOP/s, from data sheets; the first name that a device's name holds counts.
 _PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12,
+    "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
+    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "MI300X": 1307e12,
 }  # fmt: skip
+_OTHER_CHIP = re.compile(r"\b(Laptop|Max-Q|MIG|Ti|D)\b")  # shares its name with a chip above, and not its speed
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -27,7 +30,9 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+    if _OTHER_CHIP.search(name):
+        return None
+    return next((peak for known, peak in _PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 class Stopwatch:
@@ -52,7 +57,7 @@ class Stopwatch:
 
 
 class MetricsFile:
-    """Appends rows to ``metrics.jsonl``: ``step`` (completed updates), ``time`` (Unix seconds), ``tokens``, and metrics by name."""
+    """Appends rows to ``metrics.jsonl``: ``step`` (completed updates), ``time`` (Unix seconds), ``tokens``, metrics by name."""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         self.path = run_dir / METRICS_FILE

@@ -47,10 +47,10 @@ class Permutation:
         self._keys = [np.uint64(key_of(key, round)) for round in range(_ROUNDS)]
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
-        values = self._shuffle(indices.astype(np.uint64))
+        values = self._shuffle(indices.reshape(-1).astype(np.uint64))
         while (outside := values >= self.n).any():
             values[outside] = self._shuffle(values[outside])
-        return values.astype(np.int64)
+        return values.astype(np.int64).reshape(indices.shape)
 
     def _shuffle(self, values: np.ndarray) -> np.ndarray:
         high, low = values >> self._low_bits, values & self._low_mask

@@ -150,6 +150,11 @@ class ShardWriter:
         self.utf8_bytes += utf8_bytes
         self.max_id = max(self.max_id, int(stored.max())) if stored.size else self.max_id
 
+    def discard(self) -> None:
+        """Give up: close the file and delete it, unless :meth:`close` has given it its name."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
     def close(self) -> ShardInfo:
         self._file.flush()
         os.fsync(self._file.fileno())

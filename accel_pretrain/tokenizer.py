@@ -71,7 +71,7 @@ class ByteTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(b"accel_pretrain bytes 257").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.uint32)
+        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return bytes(id for id in ids if id < 256)
@@ -99,7 +99,9 @@ class BpeTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         try:
-            return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32, copy=False)
+            return self._encode_piece(text)
+        except UnicodeEncodeError:
+            return self._encode_piece(_utf8(text).decode())
         except ValueError:  # tiktoken gives up on a run of about a million spaces before a letter
             return np.concatenate([self._encode_piece(piece) for piece in _cut_whitespace(text)])
 
@@ -138,10 +140,18 @@ def _fingerprint(ranks: Mapping[bytes, int], pattern: str, specials: Mapping[str
     return digest.hexdigest()
 
 
+def _utf8(text: str) -> bytes:
+    """UTF-8 of any string: two halves of a surrogate pair become their character, a lone half U+FFFD, as in tiktoken."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
 def _cut_whitespace(text: str, longest: int = 100_000) -> list[str]:
     """Cut inside very long runs of white space; the pieces' ids are close to, not always equal to, the whole text's ids."""
     pieces, start = [], 0
-    for run in re.finditer(r"\s{%d}" % longest, text):
+    for run in re.finditer(rf"\s{{{longest}}}", text):
         pieces.append(text[start : run.end()])
         start = run.end()
     return [*pieces, text[start:]]
@@ -197,6 +207,7 @@ def _load_by_name(name: str) -> Tokenizer:
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(["bytes", *tiktoken.list_encoding_names()])
         raise DataError(f"--tokenizer {name}: not one of {known}, and no such file or folder")
+    reason = ""
     names = ("r50k_base", "gpt2") if name == "gpt2" else (name,)  # the same ids; r50k_base is one small download
     for candidate in names:
         try:

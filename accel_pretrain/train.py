@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from accel_pretrain.checkpoint import TrainState, find_newest, read_facts, resolve, restore, sweep
@@ -85,7 +86,6 @@ def assemble(
     """Build model, optimizer and the rest, on every process alike, and go on from a checkpoint if there is one."""
     run_dir = config.checkpoint.checkpoint_dir
     checkpoint = prepare_run_directory(accelerator, config, plan, splits)
-    accelerator.gradient_accumulation_steps = plan.accumulation
     seed_everything(config.training.seed)
     module = Transformer(config.model, plan.vocab_size)
     model, optimizer = accelerator.prepare(module, config.optimizer.build(module))
@@ -96,11 +96,12 @@ def assemble(
     run = TrainingRun(
         config=config, plan=plan, splits=splits, accelerator=accelerator, model=model.train(), module=module,
         optimizer=optimizer, stop=stop, parameters=list(model.parameters()),
+        weights_B=torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=accelerator.device),
         tokenizer=load_tokenizer(splits.train.tokenizer_path) if splits.train.tokenizer_path else None,
         log=RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters),
         batches=TokenBatches(
             splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
-            sampling=config.data.sampling, world_size=plan.world_size, rank=accelerator.process_index,
+            accumulation=plan.accumulation, sampling=config.data.sampling, world_size=plan.world_size, rank=accelerator.process_index,
         ),
     )  # fmt: skip
     announce(run, state, checkpoint)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from accel_pretrain.errors import ConfigError
 T = TypeVar("T")
 
 MAX_FILE_BYTES = 1 << 20
+_UNREADABLE = (yaml.YAMLError, ValueError, OverflowError, RecursionError)  # what the YAML and JSON readers raise
 NULLS = frozenset({"null", "none", "~", ""})
 FLAG = "true"  # the value of `--use_wandb` with nothing behind it
 
@@ -80,6 +82,7 @@ def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
 
 
+@functools.cache
 def _fields(cls: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:
     hints = typing.get_type_hints(cls)
     return [(item, hints[item.name]) for item in dataclasses.fields(cls)]
@@ -127,9 +130,10 @@ class _Keys:
         return f"{key}: there is no such key{self._suggestion(key)}"
 
     def _suggestion(self, key: str) -> str:
-        if near := difflib.get_close_matches(key, self.leaves, n=1, cutoff=0.75):
+        last = key.rpartition(".")[2]
+        if last not in self.short and (near := difflib.get_close_matches(key, self.leaves, n=1, cutoff=0.75)):
             return f"; did you mean {near[0]}?"
-        if near := difflib.get_close_matches(key.rpartition(".")[2], self.short, n=1, cutoff=0.6):
+        if near := difflib.get_close_matches(last, self.short, n=1, cutoff=0.6):
             return f"; did you mean {self.short[near[0]][0].path}?"
         return f"; the sections are {', '.join(sorted(self.sections))}" if self.sections else ""
 
@@ -155,8 +159,8 @@ def convert(annotation: Any, raw: Any) -> Any:
         return _convert_union(annotation, raw)
     if typing.get_origin(annotation) is tuple:
         item = typing.get_args(annotation)[0]
-        if isinstance(raw, str):
-            raw = _flow_list(raw)
+        if raw is None or isinstance(raw, str):
+            raw = _flow_list(raw or "")
         if not isinstance(raw, list):
             raise _Mismatch(f"a list of {_describe(item)}")
         return tuple(convert(item, element) for element in raw)
@@ -173,7 +177,7 @@ def convert(annotation: Any, raw: Any) -> Any:
 
 def _convert_union(annotation: Any, raw: Any) -> Any:
     options = typing.get_args(annotation)
-    if types.NoneType in options and (raw is None or str(raw).strip().lower() in NULLS):
+    if types.NoneType in options and _is_null(raw):
         return None
     for kind in options:
         if kind is not types.NoneType and _accepts(kind, raw):
@@ -181,13 +185,17 @@ def _convert_union(annotation: Any, raw: Any) -> Any:
     raise _Mismatch(_describe(annotation))
 
 
+def _is_null(raw: Any) -> bool:
+    return raw is None or (isinstance(raw, str) and raw.strip().lower() in NULLS)
+
+
 def _flow_list(text: str) -> Any:
     if text.lstrip().startswith("["):
         try:
             return yaml.load(text, Loader=yaml.BaseLoader)
-        except yaml.YAMLError:
+        except _UNREADABLE:
             return text
-    return [part.strip() for part in text.split(",")] if text.strip() else []
+    return [] if _is_null(text) else [part.strip() for part in text.split(",")]
 
 
 def _bool(raw: Any) -> bool:
@@ -206,7 +214,10 @@ def _int(raw: Any) -> int:
 
 
 def _float(raw: Any) -> float:
-    return float(_number(raw, "a number"))
+    try:
+        return float(_number(raw, "a number"))
+    except OverflowError:  # a whole number beyond 1e308
+        raise _Mismatch("a number") from None
 
 
 def _number(raw: Any, expected: str) -> int | float:
@@ -234,7 +245,7 @@ def _str(raw: Any) -> str:
 def _path(raw: Any) -> Path:
     if not isinstance(raw, str) or not raw.strip() or "\0" in raw:
         raise _Mismatch("a path")
-    return Path(raw).expanduser()
+    return Path(os.path.expanduser(raw))  # unlike Path.expanduser, leaves the name of an unknown user as it is
 
 
 def _describe(annotation: Any) -> str:
@@ -263,8 +274,9 @@ class _Loader(yaml.BaseLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # a list as a key: refused below
+            if (key := key_node.value) in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -280,8 +292,8 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file; raises :class:`ConfigError` that names the path tried, or line and reason."""
-    if not path.is_file():
-        kind = "is a directory, not a config file" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):
+        kind = "is a directory, not a config file" if os.path.isdir(path) else "does not exist"
         raise ConfigError(f"--config {path}: {os.path.abspath(path)} {kind}")
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -291,7 +303,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
             mapping = json.loads(text, object_pairs_hook=_unique_pairs)
         else:
             mapping = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+    except (*_UNREADABLE, OSError) as error:
         raise ConfigError(f"{path}: {_reason(error)}") from None
     if mapping is None or mapping == "":
         return {}
@@ -305,7 +317,9 @@ def _reason(error: Exception) -> str:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8 text"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error).replace("\n", " ")
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "a character or a number is out of range" if isinstance(error, OverflowError) else str(error).replace("\n", " ")
 
 
 def _flatten(
@@ -366,7 +380,7 @@ def parse_command_line(
         word = words.pop(0)
         word = f"--{short[word]}" if short and word in short else word
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") and not (equals and _names_a_key(keys, name)):
+        if not word.startswith("--") and not (equals and (not positionals or _names_a_key(keys, name))):
             if not positionals or (word.startswith("-") and len(word) > 1):
                 problems.append(f"{word}: an override is written --section.key VALUE or section.key=VALUE")
             bare.append(word)
@@ -384,7 +398,7 @@ def parse_command_line(
         elif not equals:
             value = words.pop(0)
         if name == "config":
-            config = Path(value).expanduser()
+            config = Path(os.path.expanduser(value))
         elif isinstance(leaf, str):
             problems.append(leaf)
         elif leaf is not None:
@@ -460,9 +474,10 @@ def _choose(
     if len(members) == 1:
         return members[0]
     by_name = {tag_of(member): member for member in members}
-    tag = str(entries[f"{path}.name"].raw) if f"{path}.name" in entries else tag_of(item.default_factory)  # type: ignore[arg-type]
+    raw = entries[f"{path}.name"].raw if f"{path}.name" in entries else tag_of(item.default_factory)  # type: ignore[arg-type]
+    tag = raw.strip().lower() if isinstance(raw, str) else ""
     if tag not in by_name:
-        problems.append(f"{path}.name: expected {' | '.join(by_name)}, got {_show(tag)}")
+        problems.append(f"{path}.name: expected {' | '.join(by_name)}, got {_show(raw)}")
         return None
     known = {f"{path}.{own.name}" for own in dataclasses.fields(by_name[tag])}
     for key in entries:
@@ -507,12 +522,23 @@ def reference(cls: type[Any]) -> str:
         members = _members(annotation)
         default = item.default_factory if len(members) > 1 else members[0]
         lines += ["", f"# {item.metadata['doc']}", f"{item.name}:"]
-        lines += [_reference_line(own) for own in dataclasses.fields(default)]  # type: ignore[arg-type]
+        shown = {own.name: own for own in dataclasses.fields(default)}  # type: ignore[arg-type]
+        lines += [_reference_line(own) for own in sorted(shown.values(), key=lambda own: own.name != "name")]
         for member in members:
             if member is not default:
-                lines.append(f"  # --- with name: {tag_of(member)}")
-                lines += [f"  # {_reference_line(own).strip()}" for own in dataclasses.fields(member) if own.name != "name"]
+                lines += _reference_of_choice(member, shown)
     return "\n".join(lines[1:]) + "\n"
+
+
+def _reference_of_choice(member: type[Any], shown: Mapping[str, dataclasses.Field[Any]]) -> list[str]:
+    """How the keys of another member of a union differ from the ones already shown, as comments."""
+    own = {item.name: item for item in dataclasses.fields(member)}
+    missing = [name for name in shown if name not in own]
+    lines = [f"  # name: {tag_of(member)}" + (f" (without {', '.join(missing)})" if missing else "")]
+    for name, item in own.items():
+        if name != "name" and (name not in shown or item.default != shown[name].default):
+            lines.append(f"  #   {_reference_line(item).strip()}")
+    return lines
 
 
 def _reference_line(item: dataclasses.Field[Any]) -> str:

@@ -27,14 +27,16 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         refuse(
             (self.eval_interval < 1, f"eval_interval: must be at least 1, got {self.eval_interval}"),
-            ((self.eval_iters or 1) < 1, f"eval_iters: must be at least 1 or null, got {self.eval_iters}"),
-            ((self.eval_batch_size or 1) < 1, f"eval_batch_size: must be at least 1 or null, got {self.eval_batch_size}"),
+            *(
+                ((value := getattr(self, name)) is not None and value < 1, f"{name}: must be at least 1 or null, got {value}")
+                for name in ("eval_iters", "eval_batch_size")
+            ),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """``loss`` in nats per token, and ``standard_error`` of that mean over windows; ``bytes_per_token`` of the split if known."""
+    """``loss`` in nats per token, and ``standard_error`` of that mean over windows; ``bytes_per_token`` if known."""
 
     loss: float
     standard_error: float
@@ -90,8 +92,8 @@ def validate(
 def _nats_per_window(
     device: torch.device, model: nn.Module, windows: Windows, chosen: np.ndarray, batch_size: int
 ) -> np.ndarray:
-    """Summed loss of each chosen window, float64. The last batch is filled up with windows that do not count: one shape only."""
-    ids = windows.read(np.resize(chosen, batch_size), np.zeros(batch_size, dtype=np.int64))
+    """Summed loss of each chosen window, float64. The last batch is filled up with windows that do not count: one shape."""
+    ids = windows.read(windows.starts_of(np.resize(chosen, batch_size)))
     ids_BS = torch.from_numpy(ids).to(device)
     targets_BT = ids_BS[:, 1:].clone()
     targets_BT[chosen.size :] = IGNORE

@@ -67,7 +67,7 @@ class ModelConfig:
 
     def _refuse_misfits(self) -> None:
         heads, kv_heads = self.num_heads, self.kv_heads
-        fitting = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
+        fitting = [h for h in range(1, min(self.d_model, 4096) + 1) if self.d_model % h == 0]
         nearest = min(fitting, key=lambda h: abs(h - heads))
         divides = self.head_dim is not None or self.d_model % heads == 0
         refuse(

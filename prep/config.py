@@ -1,0 +1,105 @@
+"""What a person can choose about preparing a dataset: every option of ``python -m prep.tokenize``, documented."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from accel_pretrain.errors import ConfigError, refuse
+from accel_pretrain.typed_yaml import option, to_plain
+
+DEMO_TOKENIZER = "train:4096"
+DEMO_OUT = Path("data/demo")
+DEMO_VAL = "5%"  # the demo has few and uneven documents: one in a hundred would be a noisy handful
+DEFAULT_VAL = "1%"
+# Options that decide how or where, but not which bytes come out: they are not part of a dataset's identity.
+_HOW = frozenset({"sources", "val_file", "out", "workers", "overwrite", "demo"})
+
+
+@dataclass(frozen=True)
+class PrepConfig:
+    """The options of ``prep.tokenize``; the names and the texts here are its command line."""
+
+    sources: tuple[str, ...] = option((), "files, folders, quoted globs; may also stand bare on the command line")
+    out: Path | None = option(None, "folder of the new dataset; -o DIR (--demo: data/demo)")
+    tokenizer: str | None = option(
+        None,
+        "gpt2 | bytes | a tiktoken name | FILE.tiktoken | a saved folder | train:N, which learns N ids from the train "
+        "split (null: gpt2; --demo: train:4096)",
+    )
+    val: str | None = option(
+        None,
+        "share held out for validation, 1% or 0.01, by a hash of each document's content; at least one document, "
+        "or the tail of an only document; 0: no val split (null: 1%; --demo: 5%)",
+    )
+    val_file: tuple[str, ...] = option((), "files, folders, globs that are the val split; the sources are then all train")
+    format: Literal["auto", "text", "jsonl"] = option("auto", "how to read the files; auto: by suffix")
+    text_column: str = option("text", "the key that holds the text in .jsonl")
+    doc_sep: str | None = option(
+        None,
+        r"what separates the documents in a text file: '<|endoftext|>', '\n\n', ...; null: one file is one document",
+    )
+    on_error: Literal["fail", "skip"] = option("fail", "when a document is not valid text; skip leaves it out and counts it")
+    workers: int | None = option(None, "processes (null: one per core); the output does not depend on it")
+    unit_bytes: int | None = option(None, "size of one unit of work (null: 8 MB, less for a small corpus)")
+    overwrite: bool = option(False, "replace the dataset in the out folder, once the new one is complete")
+    demo: bool = option(False, "no download: use the Python standard library's own sources as the corpus")
+
+    def __post_init__(self) -> None:
+        refuse(
+            (self.workers is not None and self.workers < 1, f"workers: at least 1, got {self.workers}"),
+            (self.unit_bytes is not None and self.unit_bytes < 1, f"unit_bytes: at least 1, got {self.unit_bytes}"),
+        )
+        _ = self.val_share
+
+    @property
+    def val_share(self) -> float:
+        return parse_share(self.val or DEFAULT_VAL)
+
+    @property
+    def separator(self) -> str | None:
+        """``doc_sep`` with ``\\n`` and ``\\t`` as a shell passes them turned into the characters."""
+        return self.doc_sep.replace("\\n", "\n").replace("\\t", "\t") if self.doc_sep else None
+
+
+def parse_share(text: str) -> float:
+    """``1%`` or ``0.01`` as a number in [0, 1); raises :class:`ConfigError`."""
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise ConfigError(f"val: expected a share below 1, such as 1% or 0.01, got {text!r}")
+    return share
+
+
+def resolve(config: PrepConfig) -> PrepConfig:
+    """``config`` with what it leaves open filled in; :class:`ConfigError` when it names no corpus or no place."""
+    refuse(
+        (not config.sources and not config.demo, "no input: name files or folders, or use --demo"),
+        (bool(config.sources) and config.demo, "--demo brings its own corpus; leave the sources or --demo out"),
+        (config.out is None and not config.demo, "where to? add -o DIR, for example -o data/mine"),
+    )
+    tokenizer = config.tokenizer or (DEMO_TOKENIZER if config.demo else "gpt2")
+    return dataclasses.replace(
+        config,
+        out=config.out or DEMO_OUT,
+        tokenizer=tokenizer,
+        val=config.val or (DEMO_VAL if config.demo else DEFAULT_VAL),
+        # The bar for a stray file is lower where nobody chose the files.
+        on_error="skip" if config.demo else config.on_error,
+        workers=config.workers or available_cores(),
+    )
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def what_decides(config: PrepConfig) -> dict[str, Any]:
+    """The options that decide the bytes of the dataset."""
+    return {key: value for key, value in to_plain(config).items() if key not in _HOW}
