@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -296,11 +297,14 @@ def restore(accelerator: Accelerator, optimizer: torch.optim.Optimizer, checkpoi
     if refused:
         raise CheckpointError(f"{checkpoint}: {refused[0]} is a pickle, which is never loaded")
     hyperparameters = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    with together(accelerator, CheckpointError):
+    with together(accelerator, CheckpointError), _quiet():
         try:
             accelerator.load_state(str(checkpoint))
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
-            raise CheckpointError(f"{checkpoint} does not fit this model or optimizer: {str(error)[:300]}") from None
+        except (RuntimeError, ValueError, OSError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0][:300]
+            raise CheckpointError(
+                f"{checkpoint} does not fit this model or optimizer, or was tampered with: {reason}"
+            ) from None
     for group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
         group.update(own)
     accelerator.step = 0  # Accelerate restores its micro-step counter, which is wrong if the accumulation has changed

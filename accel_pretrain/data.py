@@ -47,7 +47,7 @@ class Batch:
 
     @property
     def targets_BT(self) -> torch.Tensor:
-        """The inputs one position later: ``targets_BT[:, t]`` follows ``inputs_BT[:, t]``. Already shifted; do not shift again."""
+        """The inputs one position later: ``targets_BT[:, t]`` follows ``inputs_BT[:, t]``. Do not shift again."""
         return self.ids_BS[:, 1:]
 
     def to(self, device: torch.device) -> Batch:
@@ -70,9 +70,10 @@ class Windows:
         self.context_length = context_length
         files = [file for file in split.files if file.size > context_length]
         if not files:
+            longest = max([2, *(file.size for file in split.files)])
             raise DataError(
                 f"{split.source}: {split.tokens:,} tokens are too few for one window of context_length + 1 = "
-                f"{context_length + 1}; lower --context_length below {max(2, split.tokens)} or prepare more text"
+                f"{context_length + 1}; lower --context_length below {longest} or prepare more text"
             )
         self._views = [np.lib.stride_tricks.sliding_window_view(file, context_length + 1) for file in files]
         self._window_ends = np.cumsum([(file.size - 1) // context_length for file in files])

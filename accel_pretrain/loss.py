@@ -15,6 +15,6 @@ def next_token_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch
     validation set), which is right for any split into micro-batches and processes, also when targets equal to ``IGNORE`` make
     their token counts unequal. ``targets_BT`` are already shifted: ``targets_BT[:, t]`` is what follows ``inputs_BT[:, t]``.
     """
-    B, T, V = logits_BTV.shape
-    nats = F.cross_entropy(logits_BTV.float().reshape(B * T, V), targets_BT.reshape(B * T), ignore_index=IGNORE, reduction="none")
+    B, T = targets_BT.shape
+    nats = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="none")
     return nats.view(B, T).sum(dim=1)

@@ -47,10 +47,11 @@ class TrainingConfig:
     )
     compile: bool = option(False, "compile the blocks with torch.compile (takes a minute, pays off in long runs)")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
+    cpu_threads: int | None = option(None, "threads per process on a CPU; null: the cores shared among the processes here")
     seed: int = option(42, "of the initial weights, the data order and dropout")
 
     def __post_init__(self) -> None:
-        amounts = ("batch_size", "gradient_accumulation_steps", "global_batch_size", "max_iters", "max_tokens")
+        amounts = ("batch_size", "gradient_accumulation_steps", "global_batch_size", "max_iters", "max_tokens", "cpu_threads")
         both = self.gradient_accumulation_steps is not None and self.global_batch_size is not None
         ends = [name for name in ("max_iters", "max_tokens", "epochs") if getattr(self, name) is not None]
         refuse(
@@ -75,6 +76,8 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
     cpu = _use_cpu(training.device)
     precision, _ = resolve_precision(training, cpu)
     refuse((precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"))
+    if cpu:
+        torch.set_num_threads(_threads(training.cpu_threads))
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     accelerator = Accelerator(
         cpu=cpu,
@@ -92,6 +95,19 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
     if accelerator.num_processes != expected:
         raise ConfigError(f"the launcher started {expected} processes, but Accelerate sees {accelerator.num_processes}")
     return accelerator
+
+
+def _threads(wanted: int | None) -> int:
+    """Launchers set OMP_NUM_THREADS to 1 where nobody chose, which would leave most of a CPU idle: then the cores are shared."""
+    chosen = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
+    if wanted is not None or chosen > 1 or (chosen == 1 and not _launched()):
+        return wanted or chosen
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _launched() -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _use_cpu(wanted: str) -> bool:
@@ -178,8 +194,9 @@ class StopSignal:
             self._control = dist.new_group(backend="gloo")
         flag = torch.tensor(self.signal or 0)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)
-        self.signal = int(flag) or None
-        return self.signal is not None
+        if flag.item():  # never the other way round: a signal may have come while the processes were talking
+            self.signal = int(flag)
+        return bool(flag)
 
     @property
     def exit_code(self) -> int:
@@ -189,8 +206,7 @@ class StopSignal:
 
 def _stop_with_the_launcher() -> None:
     """Ask Linux to send SIGTERM when the launcher dies: it does not always pass its own SIGTERM on, and leaves orphans."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if launched and sys.platform == "linux":
+    if _launched() and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -93,7 +93,7 @@ class Linear(_Decay):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay(_Decay):
-    """Constant at the peak, then a cool-down over the last ``decay_iters`` (Hu et al. 2024, MiniCPM; 1-sqrt: Hägele et al. 2024)."""
+    """The peak, then a cool-down over the last ``decay_iters`` (Hu et al. 2024, MiniCPM; 1-sqrt: Hägele et al. 2024)."""
 
     name: Literal["wsd"] = option("wsd", "")
     decay_iters: int | None = option(None, "updates of cool-down at the end; null: 20 % of max_iters")

@@ -493,7 +493,7 @@ def _choose(
 
 def tag_of(member: type[Any]) -> str:
     """The ``name`` that selects a member of a union."""
-    return next(item.default for item in dataclasses.fields(member) if item.name == "name")
+    return next(str(item.default) for item in dataclasses.fields(member) if item.name == "name")
 
 
 # ------------------------------------------------------------------------------------------------------ config to text
@@ -520,7 +520,7 @@ def reference(cls: type[Any]) -> str:
     lines: list[str] = []
     for item, annotation in _fields(cls):
         members = _members(annotation)
-        default = item.default_factory if len(members) > 1 else members[0]
+        default = members[0] if len(members) == 1 else item.default_factory
         lines += ["", f"# {item.metadata['doc']}", f"{item.name}:"]
         shown = {own.name: own for own in dataclasses.fields(default)}  # type: ignore[arg-type]
         lines += [_reference_line(own) for own in sorted(shown.values(), key=lambda own: own.name != "name")]

@@ -62,6 +62,8 @@ class ModelConfig:
             ),
             (not 0 <= self.dropout < 1, f"dropout: must be at least 0 and below 1, got {self.dropout}"),
             (self.rope_theta <= 0, f"rope_theta: must be positive, got {self.rope_theta}"),
+            (self.norm_eps < 0, f"norm_eps: must not be negative, got {self.norm_eps}"),
+            (self.init_std < 0, f"init_std: must not be negative, got {self.init_std}"),
         )
         self._refuse_misfits()
 
@@ -200,6 +202,7 @@ class FeedForward(nn.Module):
                 return F.gelu(x)
             case "relu2":
                 return F.relu(x).square()
+        raise AssertionError(self.activation)
 
 
 class Block(nn.Module):
@@ -225,6 +228,8 @@ class Transformer(nn.Module):
     (see :mod:`accel_pretrain.loss`), computed in here because logits that leave a model prepared by Accelerate under bf16
     are copied to float32. With a ``cache``, ``tokens_BT`` continue what the cache holds.
     """
+
+    rope: torch.Tensor
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()

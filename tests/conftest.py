@@ -1,0 +1,45 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from accel_pretrain import train
+from tests.running import TINY, Train, stdlib_text, write_dataset
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = stdlib_text(60_000)
+    return write_dataset(tmp_path_factory.mktemp("data") / "stdlib", text[:50_000], text[50_000:])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process_state() -> Iterator[None]:
+    """Accelerate keeps its state for the life of a process; a test must not see another's."""
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_train(dataset: Path) -> Train:
+    """Train in this process: ``run_train(run_dir, *overrides)`` gives the exit code."""
+
+    def run(run_dir: Path, *overrides: str, data: Path = dataset) -> int:
+        try:
+            return train.main(["--train_data_path", str(data), "--checkpoint_dir", str(run_dir), *TINY, *overrides])
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        finally:
+            AcceleratorState._reset_state(True)
+            GradientState._reset_state()
+
+    return run

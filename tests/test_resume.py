@@ -1,0 +1,140 @@
+"""Ten updates are five, a restart, and five more: bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.running import TINY, Train, assert_same_bits, losses, newest, rows, run_processes
+
+PARTS = ("--checkpoint_interval", "5", "--dropout", "0.1", "--gradient_accumulation_steps", "2", "--max_iters", "10")
+
+
+def stop_after_five(run_dir: Path) -> None:
+    """Make the run look as if it had been killed right after its checkpoint of update 5."""
+    import shutil
+
+    shutil.rmtree(run_dir / "checkpoint_00000010")
+    (run_dir / "latest").write_text("checkpoint_00000005\n")
+
+
+def test_one_process_resumes_to_the_same_bits(run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_train(tmp_path / "whole", *PARTS) == 0
+    assert run_train(tmp_path / "parts", *PARTS) == 0
+    stop_after_five(tmp_path / "parts")
+    capsys.readouterr()
+    assert run_train(tmp_path / "parts", *PARTS) == 0
+    assert "Resuming from" in capsys.readouterr().out
+    assert_same_bits(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert [row["step"] for row in rows(tmp_path / "parts") if "train/loss" in row] == list(range(1, 11))
+
+
+def test_control_a_run_that_loses_its_position_ends_elsewhere(run_train: Train, tmp_path: Path) -> None:
+    """The comparison above would notice data that starts over after a restart."""
+    assert run_train(tmp_path / "whole", *PARTS) == 0
+    assert run_train(tmp_path / "parts", *PARTS) == 0
+    stop_after_five(tmp_path / "parts")
+    state = newest(tmp_path / "parts") / "trainer_state.json"
+    original = state.read_text()
+    state.write_text(json.dumps(json.loads(original) | {"samples": 0}, indent=2) + "\n")
+    reseal(newest(tmp_path / "parts"))
+    assert run_train(tmp_path / "parts", *PARTS) == 0
+    with pytest.raises(AssertionError):
+        assert_same_bits(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+
+
+def reseal(checkpoint: Path) -> None:
+    from accel_pretrain.checkpoint import _seal
+
+    (checkpoint / "manifest.json").unlink()
+    _seal(checkpoint)
+
+
+def test_two_processes_resume_to_the_same_bits(dataset: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, *PARTS, "--train_data_path", str(dataset)]
+    for run in ("whole", "parts"):
+        done = run_processes([*arguments, "--checkpoint_dir", str(tmp_path / run)], processes=2)
+        assert done.returncode == 0, done.stderr
+        assert "Processes: 2" in done.stdout
+        if run == "parts":
+            stop_after_five(tmp_path / run)
+    done = run_processes([*arguments, "--checkpoint_dir", str(tmp_path / "parts")], processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+
+
+def test_other_processes_and_micro_batches_continue_the_same_curve(run_train: Train, dataset: Path, tmp_path: Path) -> None:
+    """Trained on one process, continued on two with another micro-batch: the same samples, the same losses."""
+    common = ("--global_batch_size", "8", "--max_iters", "10", "--checkpoint_interval", "5", "--dropout", "0")
+    assert run_train(tmp_path / "one", *common, "--batch_size", "4") == 0
+    assert run_train(tmp_path / "two", *common, "--batch_size", "4") == 0
+    stop_after_five(tmp_path / "two")
+    arguments = [*TINY, *common, "--batch_size", "2", "--train_data_path", str(dataset)]
+    done = run_processes([*arguments, "--checkpoint_dir", str(tmp_path / "two")], processes=2)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-6, rtol=0)
+
+
+def test_a_changed_global_batch_repeats_and_skips_nothing(run_train: Train, tmp_path: Path) -> None:
+    assert run_train(tmp_path, "--max_iters", "5", "--batch_size", "4") == 0
+    assert run_train(tmp_path, "--max_iters", "8", "--batch_size", "6") == 0
+    state = json.loads((newest(tmp_path) / "trainer_state.json").read_text())
+    assert (state["step"], state["samples"], state["tokens"]) == (8, 5 * 4 + 3 * 6, (5 * 4 + 3 * 6) * 32)
+
+
+def test_hyperparameters_of_the_config_win_over_those_in_the_checkpoint(run_train: Train, tmp_path: Path) -> None:
+    import torch
+
+    assert run_train(tmp_path, "--max_iters", "3", "--weight_decay", "0.1") == 0
+    assert run_train(tmp_path, "--max_iters", "4", "--weight_decay", "0.3", "--beta2", "0.99") == 0
+    groups = torch.load(newest(tmp_path) / "optimizer.bin", weights_only=True)["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert all(tuple(group["betas"]) == (0.9, 0.99) for group in groups)
+    assert all(type(group["lr"]) is float for group in groups)
+
+
+def test_a_finished_run_has_nothing_to_do(run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_train(tmp_path, "--max_iters", "3") == 0
+    before = newest(tmp_path).stat().st_mtime_ns
+    assert run_train(tmp_path, "--max_iters", "3") == 0
+    assert "Nothing to do: 3 of 3 updates are done" in capsys.readouterr().out
+    assert newest(tmp_path).stat().st_mtime_ns == before
+
+
+def test_resuming_from_a_path_without_a_config_takes_that_runs_own(run_train: Train, dataset: Path, tmp_path: Path) -> None:
+    """Also by the name that earlier training programs gave their checkpoints."""
+    from accel_pretrain import train
+
+    assert run_train(tmp_path, "--max_iters", "3") == 0
+    assert train.main(["--resume_from", str(tmp_path / "checkpoint_iter_3.pt"), "--max_iters", "5"]) == 0
+    assert newest(tmp_path).name == "checkpoint_00000005"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--d_model", "64"), "model.d_model: checkpoint_00000003 has 32, this config says 64"),
+        (("--seed", "1"), "training.seed: checkpoint_00000003 has 42, this config says 1"),
+        (("--sampling", "random"), "data.sampling: checkpoint_00000003 has shuffle, this config says random"),
+        (("--resume_from", "never"), "already holds checkpoint_00000003; type --resume_from auto to go on with it"),
+        (("--resume_from", "nowhere"), "nowhere does not exist or is not a checkpoint folder"),
+        (("--train_data_path", "OTHER"), "was trained on other tokens"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], message: str
+) -> None:
+    from tests.running import stdlib_text, write_dataset
+
+    if "OTHER" in overrides:
+        text = stdlib_text(5000)
+        overrides = ("--train_data_path", str(write_dataset(tmp_path / "other", text[:4000], text[4000:])))
+    assert run_train(tmp_path / "run", "--max_iters", "3") == 0
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert run_train(tmp_path / "run", "--max_iters", "5", *overrides) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
