@@ -150,14 +150,15 @@ def _accumulation(training: TrainingConfig, world_size: int, problems: list[str]
 def _vocab_size(model: ModelConfig, splits: Splits, problems: list[str]) -> int:
     known = splits.train.tokenizer["vocab_size"] if splits.train.tokenizer else None
     largest = max(splits.train.max_id, splits.val.max_id)
-    if model.vocab_size is None and known is None:
+    vocab_size = model.vocab_size or known
+    if vocab_size is None:
         problems.append(f"model.vocab_size: a bare file of ids does not say; its largest id is {largest}: type --vocab_size N")
-    elif model.vocab_size is not None and model.vocab_size <= largest:
+    elif vocab_size <= largest:  # also the tokenizer's own: a bare validation file may come from another one
         problems.append(
-            f"model.vocab_size: {model.vocab_size} is too small, the data holds token id {largest}; "
-            f"type --vocab_size {known or largest + 1}"
+            f"model.vocab_size: {vocab_size} is too small, the data holds token id {largest}; "
+            f"type --vocab_size {max(known or 0, largest + 1)}"
         )
-    return model.vocab_size or known or largest + 1
+    return vocab_size or largest + 1
 
 
 def _max_iters(training: TrainingConfig, samples_per_step: int, context_length: int, windows: int) -> int:

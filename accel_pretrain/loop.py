@@ -37,7 +37,7 @@ _NOTHING = contextlib.nullcontext()
 class TrainingRun:
     """Everything that the loop needs, made by :mod:`accel_pretrain.train`.
 
-    ``model`` is prepared and ``module`` the same unwrapped. ``weights_B`` is what a nat of each sequence counts in the gradient.
+    ``model`` is prepared and ``module`` the same unwrapped. ``weights_B`` is what a nat of a sequence counts in the gradient.
     """
 
     config: RunConfig
@@ -122,6 +122,7 @@ def train_step(run: TrainingRun, state: TrainState) -> Update:
             accelerator.backward(nats_B, gradient=run.weights_B)
         nats.append(nats_B.detach())
     grad_norm = accelerator.clip_grad_norm_(run.parameters, config.training.grad_clip or float("inf"))
+    assert grad_norm is not None  # as it would be under DeepSpeed
     loss = _sum_over_processes(run, torch.cat(nats).sum()) / plan.tokens_per_step
     run.guard.step(run, loss, grad_norm)
     return Update(loss=loss, grad_norm=grad_norm, lr=lr)
@@ -167,8 +168,8 @@ class FiniteGuard:
         """How many updates were skipped so far; raises when the run has diverged."""
         if int(self._in_a_row) >= MAX_SKIPPED_IN_A_ROW:
             raise PretrainError(
-                f"the loss or its gradient was not finite for {int(self._in_a_row)} updates in a row, none of which touched the "
-                "weights: the run has diverged; go on from the last checkpoint with a lower --lr"
+                f"the loss or its gradient was not finite for {int(self._in_a_row)} updates in a row, none of which touched "
+                "the weights: the run has diverged; go on from the last checkpoint with a lower --lr"
             )
         return int(self._skipped)
 
@@ -207,7 +208,7 @@ def evaluate(run: TrainingRun, state: TrainState, prefix: str) -> bool:
     """Measure both losses, report them, and say whether the validation loss is the lowest so far."""
     run.log.line(f"{RULE}\nEvaluating at iteration {state.step}...")
     train, val = (_validate(run, which) for which in ("train", "val"))
-    improved = state.best_val_loss is None or val.loss < state.best_val_loss
+    improved = math.isfinite(val.loss) and (state.best_val_loss is None or val.loss < state.best_val_loss)
     if improved:
         state.best_val_loss = val.loss
     metrics = {"eval/train_loss": train.loss, "eval/val_loss": val.loss, "eval/perplexity": val.perplexity}
@@ -269,12 +270,13 @@ def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
 
 def finish(run: TrainingRun, state: TrainState, saved: int) -> None:
     """The end: a last evaluation and checkpoint; or, when asked to stop, only the checkpoint."""
-    if state.step == saved:
+    if state.step < run.plan.max_iters:
+        if state.step > saved:
+            save(run, state)
+        run.log.line(f"Stopped after update {state.step} of {run.plan.max_iters}; the same command goes on from here")
+    elif state.step == saved:
         run.log.line(
             f"Nothing to do: {state.step} of {run.plan.max_iters} updates are done and saved; a larger --max_iters goes on"
         )
-    elif state.step < run.plan.max_iters:
-        save(run, state)
-        run.log.line(f"Stopped after update {state.step} of {run.plan.max_iters}; the same command goes on from here")
     else:
         save(run, state, is_best=evaluate(run, state, "final"))

@@ -88,7 +88,7 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
         ),
         # Rotary tables are buffers and equal everywhere: broadcasting them at every forward would only cost time.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-        log_with=log_with or None,
+        log_with=[*log_with] or None,
         project_dir=str(run_dir),
     )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
@@ -98,7 +98,7 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
 
 
 def _threads(wanted: int | None) -> int:
-    """Launchers set OMP_NUM_THREADS to 1 where nobody chose, which would leave most of a CPU idle: then the cores are shared."""
+    """Launchers set OMP_NUM_THREADS to 1 where nobody chose, which would leave most of a CPU idle: then cores are shared."""
     chosen = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
     if wanted is not None or chosen > 1 or (chosen == 1 and not _launched()):
         return wanted or chosen
@@ -164,7 +164,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._since = 0.0
-        self._control: dist.ProcessGroup | None = None
+        self._control: Any = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -181,9 +181,11 @@ class StopSignal:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._since = number, now
-            os.write(2, b"\nstopping: finishing this update and saving (Ctrl+C again to leave at once)\n")
+            with contextlib.suppress(OSError):  # stderr may be a pipe whose reader the same Ctrl+C has ended
+                os.write(2, b"\nstopping: finishing this update and saving (Ctrl+C again to leave at once)\n")
         elif number == signal.SIGINT and now - self._since > 1.0:
-            os.write(2, b"\nleaving without saving; the last checkpoint is untouched\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nleaving without saving; the last checkpoint is untouched\n")
             os._exit(130)
 
     def agreed(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tqdm import tqdm
 
 from accel_pretrain.errors import refuse
@@ -38,9 +40,15 @@ class LoggingConfig:
     sample_tokens: int = option(64, "tokens per sample")
 
     def __post_init__(self) -> None:
+        known = ["all", *LOGGER_TYPE_TO_CLASS]
+        unknown = [name for name in self.trackers if name not in known]
         refuse(
+            (bool(unknown), f"trackers: {', '.join(unknown)}: not among {', '.join(known)}"),
             (self.log_interval < 1, f"log_interval: must be at least 1, got {self.log_interval}"),
-            ((self.sample_interval or 1) < 1, f"sample_interval: must be at least 1 or null, got {self.sample_interval}"),
+            (
+                self.sample_interval is not None and self.sample_interval < 1,
+                f"sample_interval: must be at least 1 or null, got {self.sample_interval}",
+            ),
             (self.sample_tokens < 1, f"sample_tokens: must be at least 1, got {self.sample_tokens}"),
         )
 
@@ -84,8 +92,11 @@ class RunLog:
     def line(self, text: str) -> None:
         """One line for people, above the progress bar if there is one."""
         if self._accelerator.is_main_process:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # nobody reads any more: Ctrl+C ended the `tee` behind us too. The run must still be saved
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def advance(self, updates: int = 1) -> None:
         self._bar.update(updates)
@@ -118,6 +129,12 @@ class RunLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+        try:
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
+        except Exception as error:
+            self._give_up(error)
+        self._accelerator.trackers = []  # they are finished; Accelerate's end_training would do it again
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -54,7 +54,7 @@ def load_config(line: CommandLine) -> RunConfig:
     """Defaults, then the file, then the overrides. Without a file, resuming from a path takes that run's own config."""
     file, resume_from = line.config, dict(line.overrides).get("checkpoint.resume_from")
     if file is None and resume_from is not None and resume_from.raw not in ("auto", "never"):
-        file = resolve(Path(resume_from.raw)) / "config.yaml"
+        file = resolve(Path(resume_from.raw).expanduser()) / "config.yaml"
     return load(RunConfig, file, line.overrides)
 
 
@@ -101,7 +101,8 @@ def assemble(
         log=RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters),
         batches=TokenBatches(
             splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
-            accumulation=plan.accumulation, sampling=config.data.sampling, world_size=plan.world_size, rank=accelerator.process_index,
+            accumulation=plan.accumulation, sampling=config.data.sampling,
+            world_size=plan.world_size, rank=accelerator.process_index,
         ),
     )  # fmt: skip
     announce(run, state, checkpoint)
@@ -115,11 +116,11 @@ def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Pla
     found: list[Path | None] = [None]
     with together(accelerator, CheckpointError):
         if accelerator.is_main_process:
-            _make_writable(run_dir)
-            sweep(run_dir)
             found[0] = find_checkpoint(config)
             if found[0] is not None:
                 check_compatible(config, plan, splits, found[0])
+            _make_writable(run_dir)
+            sweep(run_dir)
             temporary = run_dir / ".tmp_config.yaml"
             temporary.write_text(to_yaml(config), encoding="utf-8")
             temporary.replace(run_dir / "config.yaml")

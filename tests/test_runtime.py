@@ -1,0 +1,241 @@
+"""The process and its surroundings: device, precision, threads, the wish to stop, and agreement between processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from accel_pretrain import runtime
+from accel_pretrain.checkpoint import problem_with
+from accel_pretrain.errors import CheckpointError, ConfigError
+from accel_pretrain.runtime import (
+    StopSignal,
+    TrainingConfig,
+    _threads,
+    all_agree,
+    build_accelerator,
+    resolve_precision,
+    seed_dropout,
+    together,
+)  # fmt: skip
+from tests.running import REPO, TINY, environment, launch, newest
+
+LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+
+
+# ------------------------------------------------------------------------------------------------ device and precision
+
+
+@pytest.mark.parametrize(
+    ("wanted", "launcher", "device", "expected"),
+    [
+        ("bfloat16", "fp16", "bf16 GPU", ("bf16", "config")),
+        ("no", "bf16", "bf16 GPU", ("no", "config")),
+        (None, "fp16", "bf16 GPU", ("fp16", "launcher")),
+        (None, "no", "bf16 GPU", ("no", "launcher")),
+        (None, None, "bf16 GPU", ("bf16", "device")),
+        (None, None, "old GPU", ("no", "device")),
+        (None, None, "cpu", ("no", "device")),
+    ],
+)
+def test_precision_is_the_configs_else_the_launchers_else_the_devices(
+    monkeypatch: pytest.MonkeyPatch, wanted: Any, launcher: str | None, device: str, expected: tuple[str, str]
+) -> None:
+    if launcher is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device != "cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: device == "bf16 GPU")
+    assert resolve_precision(TrainingConfig(mixed_precision=wanted), cpu=device == "cpu") == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (TrainingConfig(device="cuda"), "training.device: cuda is not available on this machine; type --device auto"),
+        (TrainingConfig(device="mps"), "training.device: mps is not available on this machine; type --device auto"),
+        (TrainingConfig(mixed_precision="fp16"), "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"),
+    ],
+)
+def test_what_the_machine_does_not_have_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wanted: TrainingConfig, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        build_accelerator(wanted, [], tmp_path)
+    assert caught.value.message == message
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else each of them would train alone, on the same data, and overwrite the others' checkpoints."""
+    monkeypatch.setattr(runtime, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="the launcher started 2 processes, but Accelerate sees 1"):
+        build_accelerator(TrainingConfig(device="cpu", cpu_threads=1), [], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "variables", "expected"),
+    [
+        (3, {}, 3),
+        (3, {"OMP_NUM_THREADS": "4"}, 3),
+        (3, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 3),
+        (None, {}, 8),
+        (None, {"OMP_NUM_THREADS": "1"}, 1),
+        (None, {"OMP_NUM_THREADS": "4"}, 4),
+        (None, {"OMP_NUM_THREADS": "4", "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}, 4),
+        (None, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}, 4),
+        (None, {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 8),
+        (None, {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "16"}, 1),
+    ],
+)
+def test_threads_are_the_configs_else_the_persons_else_a_fair_share(
+    monkeypatch: pytest.MonkeyPatch, wanted: int | None, variables: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert _threads(wanted) == expected
+
+
+def test_dropout_is_a_function_of_the_update_and_of_the_micro_batch() -> None:
+    def draw(*position: int) -> float:
+        seed_dropout(*position)
+        return torch.rand(()).item()
+
+    state = torch.get_rng_state()
+    assert draw(42, 7, 1) == draw(42, 7, 1)
+    assert len({draw(42, 7, 1), draw(43, 7, 1), draw(42, 8, 1), draw(42, 7, 2), draw(42, 1, 7)}) == 5
+    torch.set_rng_state(state)
+
+
+# ------------------------------------------------------------------------------------------------------------- stopping
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_remembered_and_the_handlers_are_put_back(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop.agreed()
+        assert stop.exit_code == 0
+        os.kill(os.getpid(), number)
+        assert stop.agreed()
+        assert stop.exit_code == code
+    assert signal.getsignal(number) == before
+
+
+class Left(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("second", "seconds_later", "leaves"),
+    [(signal.SIGINT, 0.0, False), (signal.SIGINT, 2.0, True), (signal.SIGTERM, 2.0, False)],
+)
+def test_only_a_later_second_interrupt_leaves_at_once(
+    monkeypatch: pytest.MonkeyPatch, second: signal.Signals, seconds_later: float, leaves: bool
+) -> None:
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    stop = StopSignal()
+    stop._handle(signal.SIGINT, None)
+    stop._since -= seconds_later
+    try:
+        stop._handle(second, None)
+        left = False
+    except Left as code:
+        left = code.args == (130,)
+    assert left == leaves
+    assert stop.signal == signal.SIGINT
+
+
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As seen from one of them; ``dist.all_reduce`` is left to the test."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    return monkeypatch
+
+
+def test_a_signal_that_arrives_while_the_processes_agree_is_not_lost(two_processes: pytest.MonkeyPatch) -> None:
+    stop = StopSignal()
+    two_processes.setattr(dist, "all_reduce", lambda flag, **_: stop._handle(signal.SIGTERM, None))
+    assert not stop.agreed()  # the others do not know of it yet: this process must not stop alone
+    two_processes.setattr(dist, "all_reduce", lambda flag, **_: None)
+    assert stop.agreed()
+    assert stop.exit_code == 143
+
+
+def test_a_signal_to_another_process_stops_this_one(two_processes: pytest.MonkeyPatch) -> None:
+    stop = StopSignal()
+    two_processes.setattr(dist, "all_reduce", lambda flag, **_: flag.fill_(signal.SIGTERM))
+    assert stop.agreed()
+    assert stop.exit_code == 143
+
+
+def test_an_elastic_launcher_is_not_told_of_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopSignal()
+    stop._handle(signal.SIGTERM, None)
+    assert stop.exit_code == 143
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert stop.exit_code == 0
+
+
+def test_ctrl_c_that_also_ends_the_reader_of_the_output_still_saves(dataset: Path, tmp_path: Path) -> None:
+    """``train 2>&1 | tee log``: the terminal interrupts both, and ``tee`` is gone first."""
+    arguments = [*TINY, "--max_iters", "100000", "--train_data_path", str(dataset), "--checkpoint_dir", str(tmp_path)]
+    process = subprocess.Popen(
+        launch(arguments), env=environment(), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    assert any(line.startswith("Iter      3") for line in process.stdout)
+    process.stdout.close()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert problem_with(newest(tmp_path)) is None
+
+
+# ------------------------------------------------------------------------------------------------------------ agreement
+
+
+def processes(number: int, failed_elsewhere: int = 0) -> Any:
+    """An Accelerator as seen from one of several processes."""
+    reduce = lambda flag, reduction: flag + failed_elsewhere  # noqa: E731
+    return SimpleNamespace(num_processes=number, device=torch.device("cpu"), reduce=reduce)
+
+
+def test_all_must_agree() -> None:
+    assert all_agree(processes(1), True)
+    assert not all_agree(processes(1), False)
+    assert all_agree(processes(2), True)
+    assert not all_agree(processes(2), False)
+    assert not all_agree(processes(2, failed_elsewhere=1), True)
+
+
+def test_a_failure_anywhere_is_raised_everywhere() -> None:
+    with together(processes(2), CheckpointError):
+        pass
+    for number in (1, 2):
+        with pytest.raises(OSError, match="disk full"), together(processes(number), CheckpointError):
+            raise OSError("disk full")
+    with pytest.raises(CheckpointError, match="another process failed"), together(processes(2, 1), CheckpointError):
+        pass
