@@ -48,7 +48,7 @@ class CheckpointConfig:
     checkpoint_interval: int = option(5000, "updates between checkpoints", aliases=("save_interval",))
     keep_last: int | None = option(3, "how many of the newest to keep (the best is kept besides); null: all")
     save_best: bool = option(True, "publish a checkpoint whenever the validation loss is the lowest so far")
-    resume_from: str = option(
+    resume_from: str | None = option(
         "auto", "auto: the newest checkpoint in checkpoint_dir, if any; never; or a path", aliases=("resume",)
     )
 

@@ -107,7 +107,6 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int) -> Plan:
     with torch.device("meta"):
         shape = Transformer(model, vocab_size)
     evaluation = config.evaluation
-    eval_batch_size = evaluation.eval_batch_size or training.batch_size
     return Plan(
         world_size=world_size,
         batch_size=training.batch_size,
@@ -123,7 +122,7 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int) -> Plan:
         val_tokens=splits.val.tokens,
         samples_per_epoch=windows.count,
         epochs=round(max_iters * samples_per_step / windows.count, 3),
-        eval_windows=None if evaluation.eval_iters is None else evaluation.eval_iters * eval_batch_size,
+        eval_windows=None if evaluation.eval_iters is None else evaluation.eval_iters * evaluation.eval_batch_size,
         notices=tuple(_notices(config, max_iters)),
     )
 

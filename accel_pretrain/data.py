@@ -123,7 +123,8 @@ class TokenBatches:
         self._samples_per_step = accumulation * world_size * batch_size
         self._share = (micro_steps * world_size + rank) * batch_size + rows
         # Small updates are read several at a time, since a call of NumPy costs more than what it copies for one of them.
-        self._updates_ahead = max(1, _READ_AHEAD_BYTES // (8 * self._share.size * (context_length + 1)))
+        ahead = _READ_AHEAD_BYTES // (8 * self._share.size * (context_length + 1))
+        self._updates_ahead = max(1, min(ahead, self.samples_per_epoch // self._samples_per_step))
         self._ahead: list[list[Batch]] = []
         self._ahead_first = 0
         # The order is worked out for a block of samples at a time, which costs less per sample than one update at a time.

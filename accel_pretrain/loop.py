@@ -245,10 +245,13 @@ def show_sample(run: TrainingRun, state: TrainState) -> None:
     prompt = [int(id) for id in run.tokenizer.encode(settings.sample_prompt)] or [run.tokenizer.eot_id]
     sampling = SamplingConfig(max_new_tokens=settings.sample_tokens, seed=run.config.training.seed)
     run.module.eval()
-    with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-        ids = list(generate(run.module, prompt, sampling, vocab_size=run.tokenizer.vocab_size, stop_id=run.tokenizer.eot_id))
+    new = generate(run.module, prompt, sampling, vocab_size=run.tokenizer.vocab_size, stop_id=run.tokenizer.eot_id)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+            run.log.sample(state.step, settings.sample_prompt, run.tokenizer.decode(list(new)))
+    except PretrainError as error:  # a sample must not end a run
+        run.log.line(f"No sample at iteration {state.step}: {error.message}")
     run.module.train()
-    run.log.sample(state.step, settings.sample_prompt, run.tokenizer.decode(ids))
 
 
 def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:

@@ -56,21 +56,22 @@ class Stopwatch:
         return max(time.perf_counter() - self._begin, 1e-9) / max(1, step - self._step)
 
 
+def cut_back(path: Path, step: int) -> None:
+    """Drop rows of updates that the checkpoint does not know, and a torn last line: they are about to happen again."""
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        temporary = path.with_name(f".tmp_{path.name}")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(path)
+
+
 class MetricsFile:
     """Appends rows to ``metrics.jsonl``: ``step`` (completed updates), ``time`` (Unix seconds), ``tokens``, metrics by name."""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         self.path = run_dir / METRICS_FILE
-        self._cut_back(resumed_step)
+        cut_back(self.path, resumed_step)
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
-
-    def _cut_back(self, step: int) -> None:
-        """Drop rows of updates that the checkpoint does not know, and a torn last line: they are about to happen again."""
-        if self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            temporary = self.path.with_name(f".tmp_{METRICS_FILE}")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            temporary.replace(self.path)
 
     def append(self, step: int, tokens: int, metrics: Mapping[str, Any]) -> None:
         numbers = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
@@ -83,7 +84,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a line torn by a crash is left out. A metric that was not finite is None."""
+    """The rows of ``metrics.jsonl`` or ``samples.jsonl``, without a line torn by a crash. A metric that was not finite is None."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):

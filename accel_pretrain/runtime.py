@@ -28,6 +28,8 @@ from accel_pretrain.errors import ConfigError, refuse
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
 
+# The terminal's Ctrl+C, a scheduler's request, and a closed terminal.
+_STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _PRECISIONS = {"no": "no", "float32": "no", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
 
 
@@ -155,7 +157,7 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
 
 
 class StopSignal:
-    """Remembers that Ctrl+C or SIGTERM came, so that the loop can finish its update, save, and leave.
+    """Remembers that Ctrl+C, SIGTERM or SIGHUP came, so that the loop can finish its update, save, and leave.
 
     The handler only sets a flag. Signals that follow within a second count as the same wish (launchers pass them on twice); a
     later Ctrl+C leaves at once, which loses nothing that was already published.
@@ -168,8 +170,9 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in _STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the user has already said what SIGHUP means
+                self._previous[number] = signal.signal(number, self._handle)
         _stop_with_the_launcher()
         return self
 

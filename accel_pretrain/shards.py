@@ -66,7 +66,7 @@ class ShardInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What ``manifest.json`` says. ``tokenizer`` has name, vocab_size, eot_id and fingerprint; ``prep`` is free for the writer."""
+    """What ``manifest.json`` says. ``tokenizer`` has name, vocab_size, eot_id, fingerprint; ``prep`` is the writer's own."""
 
     dtype: str
     tokenizer: dict[str, Any]
@@ -249,6 +249,8 @@ def _map_shard(path: Path, dtype: str, tokens: int) -> np.ndarray:
 
 def _open_bare(path: Path, dtype: str | None) -> TokenSplit:
     header, dtype = _sniff(path, dtype)
+    if _looks_like_text(path):
+        raise DataError(f"{path} is text, not token ids; run: python -m prep.tokenize {path} -o DIR")
     itemsize = DTYPES[dtype].itemsize
     size = path.stat().st_size - header
     if size < itemsize or size % itemsize:
@@ -268,6 +270,13 @@ def _sniff(path: Path, dtype: str | None) -> tuple[int, str]:
     if magic := _LLMC_MAGIC.get(int.from_bytes(start[:4], "little")):
         return _LLMC_HEADER_BYTES, magic
     return 0, dtype or "uint16"
+
+
+def _looks_like_text(path: Path) -> bool:
+    """Whether a file begins as ASCII text does: ids stored in two bytes almost never have only printable ones."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    return len(start) >= 64 and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in start)
 
 
 def _map(path: Path, dtype: np.dtype[Any], offset: int = 0) -> np.ndarray:

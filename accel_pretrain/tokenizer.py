@@ -1,7 +1,7 @@
 """Text to token ids and back, through tiktoken's byte-pair encoder or plain bytes. Torch-free.
 
-:func:`load_tokenizer` takes a name (``gpt2``, ``bytes``, any tiktoken encoding), a ``.tiktoken`` file of ranks, or a folder that
-:meth:`Tokenizer.save` wrote (a dataset or a run holds one as ``tokenizer/``). A saved tokenizer is text: ranks as tiktoken
+:func:`load_tokenizer` takes a name (``gpt2``, ``bytes``, any tiktoken encoding), a file of ``.tiktoken`` ranks, or a folder
+that :meth:`Tokenizer.save` wrote (a dataset or a run holds one as ``tokenizer/``). A saved tokenizer is text: ranks as tiktoken
 writes them, and JSON. The split pattern is saved with the ranks, because a ``.tiktoken`` file does not carry it and another
 pattern gives other ids.
 

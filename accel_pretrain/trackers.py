@@ -20,7 +20,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tqdm import tqdm
 
 from accel_pretrain.errors import refuse
-from accel_pretrain.metrics import MetricsFile
+from accel_pretrain.metrics import MetricsFile, cut_back
 from accel_pretrain.typed_yaml import option
 
 _log = logging.getLogger(__name__)
@@ -73,6 +73,9 @@ class RunLog:
         self._accelerator = accelerator
         main = accelerator.is_main_process
         self._file = MetricsFile(run_dir, step) if main else None
+        self._samples = run_dir / "samples.jsonl"
+        if main:
+            cut_back(self._samples, step)
         self._bar = tqdm(
             total=total, initial=step, unit="it", dynamic_ncols=True, smoothing=0.05,
             disable=not (main and sys.stderr.isatty()),
@@ -115,7 +118,7 @@ class RunLog:
         """Generated text, to the terminal and to ``samples.jsonl``."""
         if self._file is not None:
             self.line(f"Sample at iteration {step}: {prompt}{continuation}")
-            with self._file.path.with_name("samples.jsonl").open("a", encoding="utf-8") as file:
+            with self._samples.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": continuation}) + "\n")
 
     def _give_up(self, error: Exception) -> None:

@@ -24,7 +24,7 @@ from accel_pretrain.models import Transformer
 from accel_pretrain.runtime import StopSignal, build_accelerator, describe_runtime, seed_everything, together
 from accel_pretrain.tokenizer import load_tokenizer
 from accel_pretrain.trackers import RunLog
-from accel_pretrain.typed_yaml import CommandLine, load, parse_command_line, reference, to_plain, to_yaml
+from accel_pretrain.typed_yaml import NULLS, CommandLine, load, parse_command_line, reference, to_plain, to_yaml
 
 USAGE = """\
 usage: accelerate launch -m accel_pretrain.train --config FILE [--section.key VALUE | --key VALUE | section.key=VALUE]...
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load_config(line: CommandLine) -> RunConfig:
     """Defaults, then the file, then the overrides. Without a file, resuming from a path takes that run's own config."""
     file, resume_from = line.config, dict(line.overrides).get("checkpoint.resume_from")
-    if file is None and resume_from is not None and resume_from.raw not in ("auto", "never"):
+    if file is None and resume_from is not None and str(resume_from.raw).lower() not in ("auto", "never", *NULLS):
         file = resolve(Path(resume_from.raw).expanduser()) / "config.yaml"
     return load(RunConfig, file, line.overrides)
 
@@ -147,10 +147,10 @@ def _make_writable(run_dir: Path) -> None:
 def find_checkpoint(config: RunConfig) -> Path | None:
     """The verified checkpoint that ``resume_from`` means, or None."""
     run_dir, wanted = config.checkpoint.checkpoint_dir, config.checkpoint.resume_from
-    if wanted not in ("auto", "never"):
+    if wanted not in ("auto", "never", None):
         return resolve(Path(wanted).expanduser())
     newest = find_newest(run_dir)
-    if newest is not None and wanted == "never":
+    if newest is not None and wanted != "auto":
         raise CheckpointError(
             f"{run_dir} already holds {newest.name}; type --resume_from auto to go on with it, or another --checkpoint_dir"
         )

@@ -22,14 +22,17 @@ class EvaluationConfig:
 
     eval_interval: int = option(500, "updates between evaluations")
     eval_iters: int | None = option(100, "batches of eval_batch_size windows per evaluation; null: the whole val split")
-    eval_batch_size: int | None = option(None, "windows per batch, over all processes; null: training.batch_size")
+    eval_batch_size: int = option(
+        64, "windows that eval_iters counts as one batch: what is measured does not depend on the machine"
+    )
 
     def __post_init__(self) -> None:
         refuse(
             (self.eval_interval < 1, f"eval_interval: must be at least 1, got {self.eval_interval}"),
-            *(
-                ((value := getattr(self, name)) is not None and value < 1, f"{name}: must be at least 1 or null, got {value}")
-                for name in ("eval_iters", "eval_batch_size")
+            (self.eval_batch_size < 1, f"eval_batch_size: must be at least 1, got {self.eval_batch_size}"),
+            (
+                self.eval_iters is not None and self.eval_iters < 1,
+                f"eval_iters: must be at least 1 or null, got {self.eval_iters}",
             ),
         )
 

@@ -62,12 +62,13 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in loaders}
         for _ in range(arguments.rounds):
             for name, load in loaders.items():
+                inputs, targets = load()
+                assert inputs.shape == targets.shape == (B, T)
+                assert torch.equal(inputs[:, 1:], targets[:, :-1])
                 for _ in range(50):
                     begin = time.perf_counter()
                     inputs, targets = load()
                     times[name].append((time.perf_counter() - begin) * 1e3)
-                    assert inputs.shape == targets.shape == (B, T)
-                assert torch.equal(inputs[:, 1:], targets[:, :-1])
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, value in medians.items():
         print(f"{name:<20} {value:7.3f} ms per batch, {B * T / value / 1000:8.0f} Mtok/s")

@@ -17,7 +17,32 @@ from accel_pretrain.shards import Manifest, ShardWriter, write_manifest
 from accel_pretrain.tokenizer import ByteTokenizer
 
 REPO = Path(__file__).parent.parent
-TINY = ["--d_model", "32", "--num_layers", "2", "--num_heads", "2", "--d_ff", "64", "--context_length", "32", "--batch_size", "4", "--lr", "3e-3", "--log_interval", "1", "--eval_interval", "1000", "--eval_iters", "2", "--device", "cpu", "--cpu_threads", "1"]
+TINY = [
+    "--d_model",
+    "32",
+    "--num_layers",
+    "2",
+    "--num_heads",
+    "2",
+    "--d_ff",
+    "64",
+    "--context_length",
+    "32",
+    "--batch_size",
+    "4",
+    "--lr",
+    "3e-3",
+    "--log_interval",
+    "1",
+    "--eval_interval",
+    "1000",
+    "--eval_iters",
+    "2",
+    "--device",
+    "cpu",
+    "--cpu_threads",
+    "1",
+]
 
 Train = Callable[..., int]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -126,7 +127,7 @@ def test_files_swapped_or_added_are_noticed(save: Save, tmp_path: Path) -> None:
     assert problem_with(two) == "trainer_state.json was changed after it was written"
     (one / "custom_checkpoint_0.pkl").write_bytes(b"")
     assert problem_with(one) == "custom_checkpoint_0.pkl is not part of it"
-    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read"):
         find_newest(tmp_path)
 
 
@@ -150,10 +151,8 @@ def test_a_planted_pickle_is_never_executed(save: Save, accelerator: Accelerator
     (path / "manifest.json").unlink()
     checkpoints._seal(path)
     optimizer = accelerator._optimizers[0]
-    try:
+    with contextlib.suppress(CheckpointError):
         restore(accelerator, optimizer, path)
-    except CheckpointError:
-        pass
     assert not canary.exists()
     pickle.loads(pickle.dumps(Payload(canary))).close()  # control: the payload does what it is meant to do
     assert canary.exists()
