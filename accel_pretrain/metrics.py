@@ -84,7 +84,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl`` or ``samples.jsonl``, without a line torn by a crash. A metric that was not finite is None."""
+    """The rows of ``metrics.jsonl`` or ``samples.jsonl``, without torn lines. A metric that was not finite is None."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):

@@ -116,7 +116,7 @@ BAD_INPUT = {
     "no such data": ("--train_data_path HERE/no", "no does not exist; make a dataset with: python -m prep.tokenize SRC..."),
     "a folder without manifest": ("--train_data_path HERE/empty", "empty is not a token dataset, or prep did not finish"),
     "text as data": ("--train_data_path HERE/odd.txt", "odd.txt is text, not token ids; run: python -m prep.tokenize"),
-    "text as data, by chance even": ("--val_data_path HERE/text.txt", "text.txt is text, not token ids; run: python -m prep.tokenize"),
+    "text as data, by chance even": ("--val_data_path HERE/text.txt", "text.txt is text, not token ids"),
     "a torn file": ("--train_data_path HERE/torn.bin", "torn.bin: 2001 bytes are not a whole number of uint16 ids"),
     "too little to validate on": ("--val_data_path HERE/short.bin", "short.bin: 20 tokens are too few for one window"),
     "a vocabulary too small": ("--vocab_size 99", "model.vocab_size: 99 is too small, the data holds token id 256"),
