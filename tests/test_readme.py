@@ -17,8 +17,12 @@ from tests.running import REPO, environment, stdlib_text
 README = (REPO / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line and not line.startswith("make")]
-TABLE_COMMANDS = [cell for cell in re.findall(r"`([^`]+)`", README) if "-m accel_pretrain.train --config" in cell]
-SMALL = "--max_iters 2 --d_model 32 --num_layers 1 --num_heads 2 --d_ff 32 --context_length 16 --batch_size 2 --eval_iters 1 --cpu_threads 1"
+TABLE = [line for line in README.splitlines() if line.startswith("|")]
+TABLE_COMMANDS = [cell for line in TABLE for cell in re.findall(r"`([^`]+)`", line) if "accel_pretrain.train --config" in cell]
+SMALL = (
+    "--max_iters 2 --d_model 32 --num_layers 1 --num_heads 2 --d_ff 32 --context_length 16 --batch_size 2 "
+    "--eval_iters 1 --cpu_threads 1"
+)
 
 
 def test_no_placeholder_is_left() -> None:
