@@ -6,13 +6,13 @@
 
 PYTHON ?= python3
 ifeq ($(ENV),active)
-  BIN :=
-  PIP := $(PYTHON) -m pip install --quiet
+  PY := $(PYTHON)
+  PIP := $(PY) -m pip install --quiet
   DEMO := .active-demo
   DEV := .active-dev
 else
-  BIN := .venv/bin/
-  PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+  PY := .venv/bin/python
+  PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
   DEMO := .venv/.installed-demo
   DEV := .venv/.installed-dev
 endif
@@ -20,19 +20,19 @@ endif
 .PHONY: demo test lint clean .active-demo .active-dev
 
 demo: $(DEMO)
-	$(BIN)python -m prep.tokenize --demo -o data/demo
-	$(BIN)accelerate launch --config_file accelerate_config.yaml -m accel_pretrain.train --config configs/demo.yaml
-	$(BIN)python -m accel_pretrain.evaluate --checkpoint runs/demo --data data/demo --xz
-	$(BIN)python -m accel_pretrain.sample --checkpoint runs/demo --prompt "def read_lines(path):" --prompt "class Stack:" --max_new_tokens 100
-	$(BIN)python -m accel_pretrain.plot runs/demo
+	$(PY) -m prep.tokenize --demo -o data/demo
+	$(PY) -m accelerate.commands.launch --config_file accelerate_config.yaml -m accel_pretrain.train --config configs/demo.yaml
+	$(PY) -m accel_pretrain.evaluate --checkpoint runs/demo --data data/demo --xz
+	$(PY) -m accel_pretrain.sample --checkpoint runs/demo --prompt "def read_lines(path):" --prompt "class Stack:" --max_new_tokens 100
+	$(PY) -m accel_pretrain.plot runs/demo
 
 test: lint
-	$(BIN)python -m pytest --durations 15
+	$(PY) -m pytest --durations 15
 
 lint: $(DEV)
-	$(BIN)ruff check .
-	$(BIN)ruff format --check .
-	$(BIN)pyright
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed; type: make PYTHON=python3.12 ...')"

@@ -86,9 +86,9 @@ class RunLog:
         if not self._accelerator.log_with:
             return
         # wandb: do not wait long for a network that is not there
-        kwargs = {"wandb": {"name": config.wandb_run_name, "settings": {"init_timeout": 30}}}
+        wandb = {"name": config.wandb_run_name, "dir": str(self._samples.parent), "settings": {"init_timeout": 30}}
         try:
-            self._accelerator.init_trackers(config.wandb_project, config=_flat(settings), init_kwargs=kwargs)
+            self._accelerator.init_trackers(config.wandb_project, config=_flat(settings), init_kwargs={"wandb": wandb})
         except Exception as error:  # anything that a third party's start may raise
             self._give_up(error)
 
