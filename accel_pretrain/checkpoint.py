@@ -35,6 +35,7 @@ from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import from_mapping, option, to_plain
 
 MANIFEST, STATE, MODEL, WEIGHTS = "manifest.json", "trainer_state.json", "model.json", "model.safetensors"
+FORMAT = "accel_pretrain.checkpoint"
 _NAME = re.compile(r"checkpoint_(\d{8,})")
 _LEGACY_NAME = re.compile(r"checkpoint(?:_iter)?_(\d+)(?:\.pt)?")  # how earlier training programs called theirs
 _log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def _seal(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    _write_json(folder / MANIFEST, {"format": "accel_pretrain.checkpoint", "version": 1, "files": files})
+    _write_json(folder / MANIFEST, {"format": FORMAT, "version": 1, "files": files})
     for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         sync_folder(directory)
 
@@ -207,20 +208,23 @@ def _read_pointer(path: Path) -> str | None:
 def problem_with(checkpoint: Path) -> str | None:
     """Why a folder is not a good checkpoint, after comparing names, sizes and hashes with its manifest; None if it is one."""
     try:
-        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        document = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            return f"its {MANIFEST} is of {document['format']}, not of a checkpoint"
+        listed = {name: (int(info["bytes"]), str(info["sha256"])) for name, info in document["files"].items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is damaged"
     present = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir()} - {MANIFEST}
     if present != set(listed):
         odd = sorted(present ^ set(listed))[0]
         return f"{odd} is {'missing' if odd in listed else 'not part of it'}"
-    for name, expected in listed.items():
+    for name, (size, sha256) in listed.items():
         path = checkpoint / name
-        if path.is_symlink() or path.stat().st_size != expected["bytes"]:
+        if path.is_symlink() or path.stat().st_size != size:
             return f"{name} has the wrong size"
-        if sha256_of(path) != expected["sha256"]:
+        if sha256_of(path) != sha256:
             return f"{name} was changed after it was written"
     return None
 
@@ -261,6 +265,33 @@ def resolve(path: Path) -> Path:
     if problem := problem_with(path):
         raise CheckpointError(f"{path} is damaged: {problem}")
     return path
+
+
+def go_back(run_dir: Path, checkpoint: Path) -> list[Path]:
+    """Set aside the checkpoints that are newer than the one to go on from: they belong to a future that will not happen.
+
+    They are renamed, not removed, and no reader takes them for checkpoints any more. ``best`` goes back to the checkpoint that
+    was the best by then. Raises :class:`CheckpointError` when ``run_dir`` holds another run than ``checkpoint``'s.
+    """
+    existing = _checkpoints(run_dir)
+    if existing and checkpoint.resolve().parent != run_dir.resolve():
+        raise CheckpointError(f"{run_dir} already holds {existing[0].name} of another run; type another --checkpoint_dir")
+    newer = [path for path in existing if path.name > checkpoint.name]
+    for path in newer:
+        aside = path.with_name(f"set_aside_{path.name}")
+        while aside.exists():
+            aside = aside.with_name(aside.name + "_again")
+        path.rename(aside)
+    if newer:
+        _point(run_dir / "latest", checkpoint.name)
+        lowest = read_state(checkpoint).best_val_loss
+        older = [path for path in reversed(_checkpoints(run_dir)) if problem_with(path) is None]
+        best = next((path for path in older if lowest is not None and read_state(path).best_val_loss == lowest), None)
+        if best is not None:
+            _point(run_dir / "best", best.name)
+        else:
+            (run_dir / "best").unlink(missing_ok=True)
+    return newer
 
 
 def sweep(run_dir: Path) -> None:
@@ -307,7 +338,6 @@ def restore(accelerator: Accelerator, optimizer: torch.optim.Optimizer, checkpoi
             ) from None
     for group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
         group.update(own)
-    accelerator.step = 0  # Accelerate restores its micro-step counter, which is wrong if the accumulation has changed
     return read_state(checkpoint)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from accel_pretrain.checkpoint import CheckpointConfig
+from accel_pretrain.checkpoint import CheckpointConfig, TrainState
 from accel_pretrain.data import DataConfig, Windows
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.models import ModelConfig, Transformer
@@ -90,8 +90,11 @@ class Plan:
         return "\n".join([*lines, *(f"notice: {notice}" for notice in self.notices)])
 
 
-def make_plan(config: RunConfig, splits: Splits, world_size: int) -> Plan:
-    """Derive the Plan, or raise one :class:`ConfigError` with everything that does not fit together."""
+def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainState | None = None) -> Plan:
+    """Derive the Plan, or raise one :class:`ConfigError` with everything that does not fit together.
+
+    ``done`` is what a resumed run has behind it: ``max_tokens`` and ``epochs`` count that too, also when the batch has changed.
+    """
     problems: list[str] = []
     training, model = config.training, config.model
     accumulation = _accumulation(training, world_size, problems)
@@ -99,7 +102,7 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int) -> Plan:
     vocab_size = _vocab_size(model, splits, problems)
     windows = Windows(splits.train, model.context_length)
     Windows(splits.val, model.context_length)  # refuses a split that is smaller than one window
-    max_iters = _max_iters(training, samples_per_step, model.context_length, windows.count)
+    max_iters = _max_iters(training, samples_per_step, model.context_length, windows.count, done or TrainState())
     problems += (f"schedule.{problem}" for problem in config.schedule.problems(config.optimizer.lr, max_iters))
     problems += _tokenizer_problems(config, splits)
     if problems:
@@ -160,12 +163,14 @@ def _vocab_size(model: ModelConfig, splits: Splits, problems: list[str]) -> int:
     return vocab_size or largest + 1
 
 
-def _max_iters(training: TrainingConfig, samples_per_step: int, context_length: int, windows: int) -> int:
+def _max_iters(training: TrainingConfig, samples_per_step: int, context_length: int, windows: int, done: TrainState) -> int:
     if training.max_tokens is not None:
-        return math.ceil(training.max_tokens / (samples_per_step * context_length))
-    if training.epochs is not None:
-        return math.ceil(training.epochs * windows / samples_per_step)
-    return training.max_iters or 100_000
+        left = (training.max_tokens - done.tokens) / context_length
+    elif training.epochs is not None:
+        left = training.epochs * windows - done.samples
+    else:
+        return training.max_iters or 100_000
+    return done.step + max(0, math.ceil(round(left / samples_per_step, 6)))
 
 
 def _tokenizer_problems(config: RunConfig, splits: Splits) -> list[str]:

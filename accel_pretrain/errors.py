@@ -58,6 +58,13 @@ def reported() -> Iterator[None]:
         prefix = "error" if rank == "0" else f"error (rank {rank})"
         print(f"{prefix}: {error.message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     except BrokenPipeError:  # `... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except OSError as error:  # no permission, a folder in the place of a file, a full disk: the machine's, not a programmer's
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

@@ -86,11 +86,11 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
         if state.step == plan.max_iters:
             break  # the last evaluation and checkpoint are finish's
         with run.watch.paused():
-            improved = due(state.step, config.evaluation.eval_interval) and evaluate(run, state, "eval")
+            best = due(state.step, config.evaluation.eval_interval) and evaluate(run, state, "eval")
             if due(state.step, config.logging.sample_interval):
                 show_sample(run, state)
-            if due(state.step, config.checkpoint.checkpoint_interval) or (improved and config.checkpoint.save_best):
-                save(run, state, is_best=improved)
+            if due(state.step, config.checkpoint.checkpoint_interval) or best:
+                save(run, state, is_best=best)
                 saved = state.step
     finish(run, state, saved)
     return state
@@ -205,10 +205,11 @@ def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
 
 
 def evaluate(run: TrainingRun, state: TrainState, prefix: str) -> bool:
-    """Measure both losses, report them, and say whether the validation loss is the lowest so far."""
+    """Measure both losses and report them; says whether this is now the best model, which wants to be saved as such."""
     run.log.line(f"{RULE}\nEvaluating at iteration {state.step}...")
     train, val = (_validate(run, which) for which in ("train", "val"))
-    improved = math.isfinite(val.loss) and (state.best_val_loss is None or val.loss < state.best_val_loss)
+    improved = run.config.checkpoint.save_best and math.isfinite(val.loss)
+    improved = improved and (state.best_val_loss is None or val.loss < state.best_val_loss)
     if improved:
         state.best_val_loss = val.loss
     metrics = {"eval/train_loss": train.loss, "eval/val_loss": val.loss, "eval/perplexity": val.perplexity}
@@ -232,7 +233,7 @@ def _validate(run: TrainingRun, which: str) -> EvalResult:
     split = run.splits.val if which == "val" else run.splits.train
     return validate(
         run.accelerator, run.module, windows, batch_size=run.plan.batch_size,
-        wanted=run.plan.eval_windows if run.plan.eval_windows is not None else val.count,
+        wanted=min(val.count, run.plan.eval_windows or val.count),
         bytes_per_token=split.bytes_per_token,
     )  # fmt: skip
 
@@ -265,7 +266,10 @@ def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
 
     path = publish(
         run.accelerator, run.run_dir, state, is_best=is_best, keep_last=run.config.checkpoint.keep_last,
-        facts={"world_size": run.plan.world_size, "data_fingerprint": run.splits.train.fingerprint},
+        facts={
+            "world_size": run.plan.world_size, "tokens_per_step": run.plan.tokens_per_step,
+            "data_fingerprint": run.splits.train.fingerprint,
+        },
         write_extras=write_extras,
     )  # fmt: skip
     run.log.line(f"Saved checkpoint to {path}")
@@ -276,10 +280,11 @@ def finish(run: TrainingRun, state: TrainState, saved: int) -> None:
     if state.step < run.plan.max_iters:
         if state.step > saved:
             save(run, state)
-        run.log.line(f"Stopped after update {state.step} of {run.plan.max_iters}; the same command goes on from here")
+        again = "the same command goes on" if run.config.checkpoint.resume_from == "auto" else "go on with --resume_from auto"
+        run.log.line(f"Stopped after update {state.step} of {run.plan.max_iters}; {again} from here")
     elif state.step == saved:
         run.log.line(
-            f"Nothing to do: {state.step} of {run.plan.max_iters} updates are done and saved; a larger --max_iters goes on"
+            f"Nothing to do: {state.step} of {run.plan.max_iters} updates are done; more max_iters, tokens or epochs go on"
         )
     else:
         save(run, state, is_best=evaluate(run, state, "final"))

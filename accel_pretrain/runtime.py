@@ -62,6 +62,7 @@ class TrainingConfig:
                 for name in amounts
             ),
             (both, "global_batch_size: give it or gradient_accumulation_steps, not both: each follows from the other"),
+            ((self.cpu_threads or 1) > 4096, f"cpu_threads: at most 4096, got {self.cpu_threads}"),
             (len(ends) > 1, f"{' and '.join(ends)}: give one of them, each says when to stop"),
             (self.epochs is not None and self.epochs <= 0, f"epochs: must be positive, got {self.epochs}"),
             (self.grad_clip is not None and self.grad_clip <= 0, f"grad_clip: must be positive or null, got {self.grad_clip}"),
@@ -171,8 +172,10 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         for number in _STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the user has already said what SIGHUP means
-                self._previous[number] = signal.signal(number, self._handle)
+            previous = signal.signal(number, self._handle)
+            self._previous[number] = previous
+            if previous is signal.SIG_IGN and number not in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, previous)  # nohup: the user has already said what a closed terminal means
         _stop_with_the_launcher()
         return self
 

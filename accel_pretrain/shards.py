@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"
 FORMAT = "accel_pretrain.tokens"
 VERSION = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_HASHED_AT_OPEN = 256 << 20
 _LLMC_HEADER_BYTES = 1024
 _LLMC_MAGIC = {20240520: "uint16", 20240801: "uint32"}  # llm.c, dev/data/data_common.py
 
@@ -228,7 +229,7 @@ def _open_dataset(folder: Path, split: str, dtype: str | None) -> TokenSplit:
         raise DataError(f"{folder} has no {split} split, only {', '.join(splits)}; write it again with --val 1%")
     return TokenSplit(
         source=str(folder),
-        files=tuple(_map_shard(folder / info.path, manifest.dtype, info.tokens) for info in infos),
+        files=tuple(_map_shard(folder / info.path, manifest.dtype, info) for info in infos),
         max_id=max(info.max_id for info in infos),
         fingerprint=manifest.fingerprint,
         utf8_bytes=sum(info.utf8_bytes for info in infos),
@@ -238,12 +239,15 @@ def _open_dataset(folder: Path, split: str, dtype: str | None) -> TokenSplit:
     )
 
 
-def _map_shard(path: Path, dtype: str, tokens: int) -> np.ndarray:
-    expected = tokens * DTYPES[dtype].itemsize
+def _map_shard(path: Path, dtype: str, info: ShardInfo) -> np.ndarray:
+    """Map one shard after checking its size, and its hash where that takes a fraction of a second."""
+    expected = info.tokens * DTYPES[dtype].itemsize
     found = path.stat().st_size if path.exists() else None
     if found != expected:
         state = "is missing" if found is None else f"is {found} bytes long instead of {expected}"
         raise DataError(f"{path} {state}: the dataset is damaged; write it again with prep.tokenize")
+    if expected <= _HASHED_AT_OPEN and sha256_of(path) != info.sha256:
+        raise DataError(f"{path} was changed after it was written: the dataset is damaged; write it again with prep.tokenize")
     return _map(path, DTYPES[dtype])
 
 

@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from accel_pretrain.checkpoint import TrainState, find_newest, read_facts, resolve, restore, sweep
+from accel_pretrain.checkpoint import TrainState, find_newest, go_back, read_facts, read_state, resolve, restore, sweep
 from accel_pretrain.config import Plan, RunConfig, Splits, make_plan, open_splits
 from accel_pretrain.data import TokenBatches
-from accel_pretrain.errors import CheckpointError, ConfigError, reported
+from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.loop import RULE, TrainingRun, fit
 from accel_pretrain.models import Transformer
 from accel_pretrain.runtime import StopSignal, build_accelerator, describe_runtime, seed_everything, together
 from accel_pretrain.tokenizer import load_tokenizer
 from accel_pretrain.trackers import RunLog
-from accel_pretrain.typed_yaml import NULLS, CommandLine, load, parse_command_line, reference, to_plain, to_yaml
+from accel_pretrain.typed_yaml import NULLS, CommandLine, Entry, load, parse_command_line, reference, to_plain, to_yaml
 
 USAGE = """\
 usage: accelerate launch -m accel_pretrain.train --config FILE [--section.key VALUE | --key VALUE | section.key=VALUE]...
@@ -52,10 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load_config(line: CommandLine) -> RunConfig:
     """Defaults, then the file, then the overrides. Without a file, resuming from a path takes that run's own config."""
-    file, resume_from = line.config, dict(line.overrides).get("checkpoint.resume_from")
+    file, overrides = line.config, line.overrides
+    resume_from = dict(overrides).get("checkpoint.resume_from")
     if file is None and resume_from is not None and str(resume_from.raw).lower() not in ("auto", "never", *NULLS):
-        file = resolve(Path(resume_from.raw).expanduser()) / "config.yaml"
-    return load(RunConfig, file, line.overrides)
+        checkpoint = resolve(Path(resume_from.raw).expanduser())
+        file = checkpoint / "config.yaml"
+        here = Entry(str(checkpoint.parent), "--resume_from")  # the run may have been moved since it recorded its directory
+        overrides = (("checkpoint.checkpoint_dir", here), *overrides)
+    return load(RunConfig, file, overrides)
 
 
 def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
@@ -86,6 +90,8 @@ def assemble(
     """Build model, optimizer and the rest, on every process alike, and go on from a checkpoint if there is one."""
     run_dir = config.checkpoint.checkpoint_dir
     checkpoint = prepare_run_directory(accelerator, config, plan, splits)
+    if checkpoint is not None:
+        plan = make_plan(config, splits, plan.world_size, read_state(checkpoint))
     seed_everything(config.training.seed)
     module = Transformer(config.model, plan.vocab_size)
     model, optimizer = accelerator.prepare(module, config.optimizer.build(module))
@@ -93,12 +99,14 @@ def assemble(
     if config.training.compile:
         for layer in module.layers:  # in place: parameter names stay, and DDP still overlaps its communication
             layer.compile()
+    with together(accelerator, PretrainError):
+        log = RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters)
     run = TrainingRun(
         config=config, plan=plan, splits=splits, accelerator=accelerator, model=model.train(), module=module,
         optimizer=optimizer, stop=stop, parameters=list(model.parameters()),
         weights_B=torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=accelerator.device),
         tokenizer=load_tokenizer(splits.train.tokenizer_path) if splits.train.tokenizer_path else None,
-        log=RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters),
+        log=log,
         batches=TokenBatches(
             splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
             accumulation=plan.accumulation, sampling=config.data.sampling,
@@ -121,6 +129,8 @@ def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Pla
                 check_compatible(config, plan, splits, found[0])
             _make_writable(run_dir)
             sweep(run_dir)
+            for path in go_back(run_dir, found[0]) if found[0] is not None else ():
+                print(f"set aside {path.name}, which is newer than the checkpoint to go on from")
             temporary = run_dir / ".tmp_config.yaml"
             temporary.write_text(to_yaml(config), encoding="utf-8")
             temporary.replace(run_dir / "config.yaml")
@@ -167,8 +177,14 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
         for key, (old, new) in changed.items()
         if (key.startswith("model.") and key not in ("model.dropout", "model.vocab_size")) or key in fixed
     ]
-    if read_facts(checkpoint)["data_fingerprint"] != splits.train.fingerprint:
+    facts = read_facts(checkpoint)
+    if facts["data_fingerprint"] != splits.train.fingerprint:
         problems.append(f"data.train_data_path: {checkpoint.name} was trained on other tokens than {splits.train.source} holds")
+    if facts.get("tokens_per_step", plan.tokens_per_step) != plan.tokens_per_step:
+        print(
+            f"changed since {checkpoint.name}: {facts['tokens_per_step']:,} -> {plan.tokens_per_step:,} tokens per update; "
+            "--global_batch_size keeps it for any number of processes"
+        )
     if problems:
         raise CheckpointError([*problems, "to start afresh instead, type another --checkpoint_dir"])
     for key, (old, new) in changed.items():

@@ -282,7 +282,8 @@ def _print_summary(
 def _print_next(config: PrepConfig) -> None:
     out = shlex.quote(str(config.out))
     demo = config.demo and config.out == DEMO_OUT
-    arguments = "--config configs/demo.yaml" if demo else f"--train_data_path {out} --val_data_path {out}"
+    val = "" if config.val_file or config.val_share else " --val_data_path DIR"
+    arguments = "--config configs/demo.yaml" if demo else f"--train_data_path {out}{val}"
     print(f"next: python -m accel_pretrain.train {arguments}")
 
 

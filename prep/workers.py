@@ -128,8 +128,10 @@ def _supervise(job: Job, units: Sequence[Unit], workers: int) -> Generator[UnitR
                     _hand_out(worker, todo)
                     yield report
     finally:
-        for worker in crew:
-            worker.process.kill()  # idle, or on the way out of an error: it holds nothing worth saving
+        # Idle, or on the way out of an error: they hold nothing worth saving. A signal may have come between the start of one
+        # and its place in the crew.
+        for process in {*(worker.process for worker in crew), *multiprocessing.active_children()}:
+            process.kill()
         for worker in crew:
             worker.process.join()
             worker.channel.close()

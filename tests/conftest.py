@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from accelerate.state import AcceleratorState, GradientState
 
 from accel_pretrain import train
 from tests.running import TINY, Train, stdlib_text, write_dataset
+
+
+def pytest_configure() -> None:
+    """A shell lets what it starts in the background ignore Ctrl+C, and children inherit that: they must not, here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

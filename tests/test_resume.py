@@ -138,3 +138,55 @@ def test_what_does_not_belong_together_is_refused(
     assert run_train(tmp_path / "run", "--max_iters", "5", *overrides) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_going_back_sets_the_newer_checkpoints_aside(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is saved after going back is kept, and is what ``auto`` finds; the other future is not lost either."""
+    assert run_train(tmp_path, "--max_iters", "12", "--checkpoint_interval", "2", "--keep_last", "null") == 0
+    back = str(tmp_path / "checkpoint_00000004")
+    assert run_train(tmp_path, "--max_iters", "6", "--resume_from", back, "--keep_last", "1") == 0
+    assert newest(tmp_path).name == "checkpoint_00000006"
+    assert newest(tmp_path).is_dir()
+    assert sorted(path.name for path in tmp_path.glob("set_aside_*")) == [
+        f"set_aside_checkpoint_{step:08d}" for step in (6, 8, 10, 12)
+    ]
+    assert "set aside checkpoint_00000012, which is newer" in capsys.readouterr().out
+    assert run_train(tmp_path, "--max_iters", "7") == 0
+    assert "Resuming from" in (out := capsys.readouterr().out)
+    assert "checkpoint_00000006" in out
+    assert [row["step"] for row in rows(tmp_path) if "train/loss" in row] == list(range(1, 8))
+
+
+def test_going_back_takes_best_back_too(run_train: Train, tmp_path: Path) -> None:
+    arguments = ("--eval_interval", "2", "--checkpoint_interval", "2", "--keep_last", "null")
+    assert run_train(tmp_path, "--max_iters", "8", *arguments) == 0
+    assert (tmp_path / "best").read_text().strip() == "checkpoint_00000008"
+    back = str(tmp_path / "checkpoint_00000004")
+    assert run_train(tmp_path, "--max_iters", "5", "--lr", "1e-9", "--min_lr", "0", "--resume_from", back, *arguments) == 0
+    assert (tmp_path / "best").read_text().strip() in ("checkpoint_00000004", "checkpoint_00000005")
+
+
+def test_epochs_and_tokens_count_what_a_smaller_batch_has_done(run_train: Train, tmp_path: Path) -> None:
+    assert run_train(tmp_path, "--max_tokens", str(10 * 4 * 32)) == 0
+    assert run_train(tmp_path, "--max_tokens", str(20 * 4 * 32), "--batch_size", "8") == 0
+    state = json.loads((newest(tmp_path) / "trainer_state.json").read_text())
+    assert (state["step"], state["tokens"]) == (15, 20 * 4 * 32)
+
+
+def test_a_moved_run_goes_on_where_it_is(run_train: Train, tmp_path: Path) -> None:
+    from accel_pretrain import train
+
+    assert run_train(tmp_path / "here", "--max_iters", "2") == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert train.main(["--resume_from", str(tmp_path / "there"), "--max_iters", "3"]) == 0
+    assert newest(tmp_path / "there").name == "checkpoint_00000003"
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_dataset_is_not_a_checkpoint(
+    run_train: Train, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_train(tmp_path, "--max_iters", "2", "--resume_from", str(dataset)) == 2
+    assert "its manifest.json is of accel_pretrain.tokens, not of a checkpoint" in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,17 @@ ENDLESS = (
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(REPO / "accelerate_config.yaml"), "-m"]
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing_running() -> Iterator[None]:
+    yield
+    while STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(STARTED.pop().pid, signal.SIGKILL)
+
+
 def start(command: list[str], run_dir: Path) -> subprocess.Popen[str]:
     """Start a run in its own process group, and wait until it is training."""
     process = subprocess.Popen(
@@ -41,6 +54,7 @@ def start(command: list[str], run_dir: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+    STARTED.append(process)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) >= 3:
@@ -99,7 +113,7 @@ def test_interrupted_and_continued_is_the_uninterrupted_run(run_train: Train, da
 
 def test_a_second_interrupt_leaves_at_once_and_loses_nothing_published(dataset: Path, tmp_path: Path) -> None:
     arguments = [*TINY, *ENDLESS, "--checkpoint_interval", "5", "--train_data_path", str(dataset)]
-    arguments += ["--checkpoint_dir", str(tmp_path), "--batch_size", "2000"]  # an update that takes seconds
+    arguments += ["--checkpoint_dir", str(tmp_path), "--batch_size", "500", "--gradient_accumulation_steps", "200"]  # slow
     process = subprocess.Popen(launch(arguments), env=environment(), cwd=REPO, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "config.yaml").exists() and time.monotonic() < deadline:
