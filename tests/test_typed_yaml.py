@@ -466,7 +466,7 @@ def configs() -> st.SearchStrategy[RunConfig]:
             st.builds(InverseSqrt, **warmup), st.builds(Constant, **warmup),
         ),
         training=st.builds(TrainingConfig, batch_size=counts, epochs=maybe(positive), seed=st.integers(0, 2**63 - 1)),
-        checkpoint=st.builds(CheckpointConfig, checkpoint_dir=paths, keep_last=maybe(counts), resume_from=texts),
+        checkpoint=st.builds(CheckpointConfig, checkpoint_dir=paths, keep_last=maybe(counts), resume_from=maybe(names)),
         logging=st.builds(
             LoggingConfig, trackers=st.lists(texts, max_size=3).map(tuple), wandb_run_name=maybe(names), sample_prompt=texts
         ),
