@@ -440,6 +440,9 @@ file_names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters
 paths = st.lists(file_names.filter(lambda name: name not in (".", "..")), min_size=1, max_size=3).map(lambda p: Path("/", *p))
 
 
+trackers = st.lists(st.sampled_from(["wandb", "tensorboard", "mlflow"]), max_size=3).map(tuple)
+
+
 def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.none() | strategy
 
@@ -468,7 +471,7 @@ def configs() -> st.SearchStrategy[RunConfig]:
         training=st.builds(TrainingConfig, batch_size=counts, epochs=maybe(positive), seed=st.integers(0, 2**63 - 1)),
         checkpoint=st.builds(CheckpointConfig, checkpoint_dir=paths, keep_last=maybe(counts), resume_from=maybe(names)),
         logging=st.builds(
-            LoggingConfig, trackers=st.lists(texts, max_size=3).map(tuple), wandb_run_name=maybe(names), sample_prompt=texts
+            LoggingConfig, trackers=trackers, wandb_run_name=maybe(names), sample_prompt=texts
         ),
     )  # fmt: skip
 
