@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
-import threading
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -106,6 +105,9 @@ def encode_units(job: Job, tokenizer: Tokenizer, units: Sequence[Unit], workers:
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
+_STOPPING = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "pthread_sigmask") else set()
+
+
 @dataclass
 class _Worker:
     process: BaseProcess
@@ -141,13 +143,14 @@ def _start(job: Job) -> _Worker:
     context = multiprocessing.get_context("spawn")  # fork would copy the threads of a library without their locks
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(job, theirs), daemon=True)
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
+    # A signal that came while a process is half started would leave one behind that nobody knows; it waits until it is known.
+    # The child inherits the block: Ctrl-C is for the parent, from the child's first instruction on.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING) if _STOPPING else set()
     try:
-        process.start()  # Ctrl-C is for the parent, from the child's first instruction on
+        process.start()
     finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, before)
+        if _STOPPING:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return _Worker(process, ours)
 
@@ -183,6 +186,8 @@ def _receive(worker: _Worker) -> UnitReport:
 
 def _work(job: Job, channel: Connection[Any, Any]) -> None:
     """The life of a worker process; it ends when the parent's side of the channel does."""
+    if _STOPPING:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         tokenizer = load_tokenizer(job.folder / "tokenizer")
         while True:
