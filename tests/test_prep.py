@@ -410,6 +410,7 @@ def held_run(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]
         while len(workers) < 2 and process.poll() is None:
             workers = [pid for pid in children_of(process.pid) if is_worker(pid)]
             time.sleep(0.002)
+        time.sleep(0.1)  # the parent is done with starting them, and they are still importing: nothing is encoded yet
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)
         try:
