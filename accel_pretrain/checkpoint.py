@@ -341,18 +341,18 @@ def restore(accelerator: Accelerator, optimizer: torch.optim.Optimizer, checkpoi
     return read_state(checkpoint)
 
 
-def describe_model(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """What ``model.json`` holds: enough to build the model without anything else."""
-    return {**to_plain(config), "vocab_size": vocab_size}
-
-
 def write_model_description(folder: Path, config: ModelConfig, vocab_size: int) -> None:
-    _write_json(folder / MODEL, describe_model(config, vocab_size))
+    """Write ``model.json``: enough to build the model without anything else."""
+    _write_json(folder / MODEL, {**to_plain(config), "vocab_size": vocab_size})
 
 
 def load_model(run_or_checkpoint: Path | str) -> Transformer:
     """The trained model in evaluation mode and float32, on the CPU, from a run directory (its newest) or a checkpoint."""
-    checkpoint = resolve(Path(run_or_checkpoint))
+    return read_model(resolve(Path(run_or_checkpoint)))
+
+
+def read_model(checkpoint: Path) -> Transformer:
+    """The same, from a checkpoint that :func:`resolve` has verified: hashing it once is enough."""
     config = from_mapping(ModelConfig, json.loads((checkpoint / MODEL).read_text(encoding="utf-8")), str(checkpoint / MODEL))
     assert config.vocab_size is not None
     model = Transformer(config, config.vocab_size)
@@ -360,9 +360,8 @@ def load_model(run_or_checkpoint: Path | str) -> Transformer:
     return model.eval()
 
 
-def load_run_tokenizer(run_or_checkpoint: Path | str) -> Tokenizer:
-    """The tokenizer that was saved beside a checkpoint."""
-    checkpoint = resolve(Path(run_or_checkpoint))
+def read_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer that was saved in a verified checkpoint."""
     if not (checkpoint / "tokenizer").is_dir():
         raise CheckpointError(
             f"{checkpoint} holds no tokenizer, because it was trained on a bare file of ids; name one with --tokenizer gpt2"

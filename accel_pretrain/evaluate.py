@@ -19,7 +19,7 @@ from typing import Literal
 
 from accelerate import Accelerator
 
-from accel_pretrain.checkpoint import load_model, read_state, resolve
+from accel_pretrain.checkpoint import read_model, read_state, resolve
 from accel_pretrain.config import RunConfig
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import ConfigError, DataError, refuse, reported
@@ -119,7 +119,7 @@ def evaluate(config: EvaluateConfig) -> int:
         raise ConfigError("source.checkpoint: not given; type --checkpoint RUN, the directory of a run")
     checkpoint = resolve(source.checkpoint)
     path, dtype = find_data(source, checkpoint)
-    split, model = open_split(path, source.split, dtype), load_model(checkpoint)
+    split, model = open_split(path, source.split, dtype), read_model(checkpoint)
     refuse_misfits(model, checkpoint, split, measure)
     windows = Windows(split, measure.context_length or model.config.context_length)
     training = TrainingConfig(device=measure.device, mixed_precision=measure.mixed_precision)

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from accel_pretrain.checkpoint import load_model, load_run_tokenizer, resolve
+from accel_pretrain.checkpoint import read_model, read_tokenizer, resolve
 from accel_pretrain.errors import CheckpointError, ConfigError, refuse, reported
 from accel_pretrain.generate import SamplingConfig, generate
 from accel_pretrain.models import Transformer
@@ -184,10 +184,11 @@ def load_for_sampling(source: SourceConfig) -> tuple[Transformer, Tokenizer]:
     """
     if source.checkpoint is None:
         raise ConfigError("source.checkpoint: not given; type --checkpoint RUN, the directory of a run")
+    checkpoint = resolve(source.checkpoint)
     if source.tokenizer is None:
-        return load_model(source.checkpoint), load_run_tokenizer(source.checkpoint)
-    checkpoint, tokenizer = resolve(source.checkpoint), load_tokenizer(source.tokenizer)
-    model, own = load_model(checkpoint), checkpoint / "tokenizer"
+        return read_model(checkpoint), read_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(source.tokenizer)
+    model, own = read_model(checkpoint), checkpoint / "tokenizer"
     if own.is_dir() and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
         raise CheckpointError(f"source.tokenizer: {checkpoint} holds its own, which is another one; leave --tokenizer out")
     if tokenizer.vocab_size > model.vocab_size:
