@@ -93,27 +93,58 @@ def layer_norm(x: Array, weight: Array, bias: Array | float, eps: float) -> Arra
     return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps) * weight + bias
 
 
-def rope(x_THE: Array, theta: float, first_position: int = 0) -> Array:
-    """Su et al. 2021, eq. 34, in the rotate-half layout: dimensions i and i + E/2 turn together by position * theta^(-2i/E)."""
+def rope_frequency(i: int, width: int, theta: float, config: Any = None) -> float:
+    """Su et al. 2021: theta^(-2i/E); divided by a factor (Chen et al. 2023), or as in Llama 3.1's own code."""
+    frequency = theta ** (-2 * i / width)
+    if config is None or config.rope_scaling == "none":
+        return frequency
+    if config.rope_scaling == "linear":
+        return frequency / config.rope_factor
+    original = config.rope_original_context or config.context_length / config.rope_factor
+    wavelength = 2 * math.pi / frequency
+    if wavelength < original / config.rope_high_freq_factor:
+        return frequency
+    if wavelength > original / config.rope_low_freq_factor:
+        return frequency / config.rope_factor
+    smooth = (original / wavelength - config.rope_low_freq_factor) / (
+        config.rope_high_freq_factor - config.rope_low_freq_factor
+    )
+    return (1 - smooth) * frequency / config.rope_factor + smooth * frequency
+
+
+def rope(x_THE: Array, theta: float, first_position: int = 0, config: Any = None) -> Array:
+    """Su et al. 2021, eq. 34, in the rotate-half layout: dimensions i and i + E/2 turn together by position * frequency."""
     turned = np.empty_like(x_THE)
     half = x_THE.shape[-1] // 2
     for t in range(x_THE.shape[0]):
         for i in range(half):
-            angle = (first_position + t) * theta ** (-2 * i / x_THE.shape[-1])
+            angle = (first_position + t) * rope_frequency(i, x_THE.shape[-1], theta, config)
             low, high = x_THE[t, :, i], x_THE[t, :, i + half]
             turned[t, :, i] = low * math.cos(angle) - high * math.sin(angle)
             turned[t, :, i + half] = low * math.sin(angle) + high * math.cos(angle)
     return turned
 
 
-def attention(q_THE: Array, k_TGE: Array, v_TGE: Array) -> Array:
+def attention(
+    q_THE: Array,
+    k_TGE: Array,
+    v_TGE: Array,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Array:
     """Vaswani et al. 2017, eq. 1, causal, with the mask written out; query head h reads key/value head ``h // (H / G)``."""
     T, H, E = q_THE.shape
     out_THE = np.empty_like(q_THE)
     for h in range(H):
         g = h // (H // k_TGE.shape[1])
-        scores_TT = q_THE[:, h] @ k_TGE[:, g].T / math.sqrt(E)
-        scores_TT[np.arange(T)[:, None] < np.arange(T)[None, :]] = -np.inf
+        scores_TT = q_THE[:, h] @ k_TGE[:, g].T * (1 / math.sqrt(E) if scale is None else scale)
+        if softcap is not None:
+            scores_TT = softcap * np.tanh(scores_TT / softcap)
+        for t in range(T):
+            for s in range(T):
+                if s > t or (window is not None and t - s >= window):
+                    scores_TT[t, s] = -np.inf
         weights_TT = np.exp(scores_TT - scores_TT.max(axis=1, keepdims=True))
         out_THE[:, h] = weights_TT / weights_TT.sum(axis=1, keepdims=True) @ v_TGE[:, g]
     return out_THE
@@ -139,38 +170,70 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+class ReferenceTransformer:
+    """A whole decoder on one sequence: GPT-2, Llama, Gemma 3 and others, by ``config``."""
+
+    def __init__(self, weights: Mapping[str, Array], config: Any) -> None:
+        self.weights, self.config = weights, config
+
+    def linear(self, name: str, x: Array) -> Array:
+        return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0)
+
+    def norm(self, name: str, x: Array, kind: str | None = None) -> Array:
+        kind, eps = kind or self.config.norm, self.config.norm_eps
+        if kind == "layernorm":
+            return layer_norm(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias", 0.0), eps)
+        weight = 1.0 if kind == "rmsnorm_plain" else self.weights[f"{name}.weight"]
+        return rms_norm(x, np.asarray(weight) + (kind == "rmsnorm_1p"), eps)
+
+    def attend(self, layer: int, x_TD: Array, tokens_T: Array) -> Array:
+        config, name = self.config, f"layers.{layer}.self_attn"
+        slides = config.sliding_window is not None and config.window_pattern[layer % len(config.window_pattern)] == "S"
+        q, k, v = (self.linear(f"{name}.{kind}_proj", x_TD).reshape(len(tokens_T), -1, config.head_width) for kind in "qkv")
+        if config.qk_norm:
+            kind = "rmsnorm" if config.norm == "layernorm" else config.norm
+            q, k = self.norm(f"{name}.q_norm", q, kind), self.norm(f"{name}.k_norm", k, kind)
+        if f"{name}.value_embedding.embed.weight" in self.weights:
+            gate_TG = 2 * sigmoid(self.linear(f"{name}.value_embedding.gate", x_TD[:, :32]))
+            v = v + gate_TG[:, :, None] * self.weights[f"{name}.value_embedding.embed.weight"][tokens_T].reshape(v.shape)
+        if config.position == "rope":
+            theta, scaling = config.rope_theta, config
+            if slides and config.sliding_rope_theta is not None:
+                theta, scaling = config.sliding_rope_theta, None
+            q, k = rope(q, theta, config=scaling), rope(k, theta, config=scaling)
+        scale = (config.query_pre_attn_scalar or config.head_width) ** -0.5
+        out_THE = attention(q, k, v, scale, config.sliding_window if slides else None, config.attention_softcap)
+        return self.linear(f"{name}.o_proj", out_THE.reshape(len(tokens_T), -1))
+
+    def feed_forward(self, name: str, x: Array) -> Array:
+        activate, up = ACTIVATIONS[self.config.activation], self.linear(f"{name}.up_proj", x)
+        gated = activate(self.linear(f"{name}.gate_proj", x)) * up if self.config.is_gated else activate(up)
+        return self.linear(f"{name}.down_proj", gated)
+
+    def logits(self, tokens_T: Array) -> Array:
+        config, weights = self.config, self.weights
+        x_TD = weights["embed_tokens.weight"][tokens_T] * (math.sqrt(config.d_model) if config.scale_embeddings else 1.0)
+        if config.position == "learned":
+            x_TD = x_TD + weights["embed_positions.weight"][: len(tokens_T)]
+        for layer in range(config.num_layers):
+            name = f"layers.{layer}"
+            out_TD = self.attend(layer, self.norm(f"{name}.input_layernorm", x_TD), tokens_T)
+            x_TD = x_TD + (self.norm(f"{name}.attn_out_norm", out_TD) if config.sandwich_norm else out_TD)
+            out_TD = self.feed_forward(f"{name}.mlp", self.norm(f"{name}.post_attention_layernorm", x_TD))
+            x_TD = x_TD + (self.norm(f"{name}.mlp_out_norm", out_TD) if config.sandwich_norm else out_TD)
+        output_VD = weights["embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
+        logits_TV = self.norm("norm", x_TD) @ output_VD.T
+        cap = config.logit_softcap
+        return logits_TV if cap is None else cap * np.tanh(logits_TV / cap)
+
+
 def transformer_logits(weights: Mapping[str, Array], config: Any, tokens_T: Array) -> Array:
-    """A whole pre-norm decoder on one sequence: GPT-2 (Radford et al. 2019) and Llama (Touvron et al. 2023) by ``config``."""
-
-    def linear(name: str, x: Array) -> Array:
-        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
-
-    def norm(name: str, x: Array) -> Array:
-        if config.norm == "rmsnorm":
-            return rms_norm(x, weights[f"{name}.weight"], config.norm_eps)
-        return layer_norm(x, weights[f"{name}.weight"], weights.get(f"{name}.bias", 0.0), config.norm_eps)
-
-    def heads(name: str, x_TD: Array, kind: str) -> Array:
-        x_THE = linear(f"{name}.{kind}_proj", x_TD).reshape(len(tokens_T), -1, config.head_width)
-        if config.qk_norm and kind in "qk":
-            x_THE = rms_norm(x_THE, weights[f"{name}.{kind}_norm.weight"], config.norm_eps)
-        return rope(x_THE, config.rope_theta) if config.position == "rope" and kind in "qk" else x_THE
-
-    def feed_forward(name: str, x: Array) -> Array:
-        activate, up = ACTIVATIONS[config.activation], linear(f"{name}.up_proj", x)
-        return linear(f"{name}.down_proj", activate(linear(f"{name}.gate_proj", x)) * up if config.is_gated else activate(up))
-
-    x_TD = weights["embed_tokens.weight"][tokens_T]
-    if config.position == "learned":
-        x_TD = x_TD + weights["embed_positions.weight"][: len(tokens_T)]
-    for layer in range(config.num_layers):
-        name = f"layers.{layer}"
-        normed_TD = norm(f"{name}.input_layernorm", x_TD)
-        out_THE = attention(*(heads(f"{name}.self_attn", normed_TD, kind) for kind in "qkv"))
-        x_TD = x_TD + linear(f"{name}.self_attn.o_proj", out_THE.reshape(len(tokens_T), -1))
-        x_TD = x_TD + feed_forward(f"{name}.mlp", norm(f"{name}.post_attention_layernorm", x_TD))
-    output_VD = weights["embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
-    return norm("norm", x_TD) @ output_VD.T
+    """Logits (T, V) of :class:`ReferenceTransformer`."""
+    return ReferenceTransformer(weights, config).logits(tokens_T)
 
 
 # -------------------------------------------------------------------------------------------------------------- the data

@@ -12,7 +12,9 @@ import torch
 
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.models import ModelConfig, Transformer
-from accel_pretrain.models.transformer import FeedForward, RMSNorm, rope_table, rotate
+from accel_pretrain.models.norm import RMSNorm
+from accel_pretrain.models.rope import rope_table, rotate
+from accel_pretrain.models.transformer import FeedForward
 from tests import reference
 
 V, T = 61, 12
@@ -28,7 +30,24 @@ VARIANTS: dict[str, ModelConfig] = {
     "geglu": replace(TINY, activation="geglu", bias=True, norm="layernorm"),
     "gelu": replace(TINY, activation="gelu", position="learned", norm_eps=1e-2),
     "silu": replace(TINY, activation="silu", head_dim=6, norm="layernorm", norm_eps=1e-2),
-}
+    "llama3": replace(TINY, rope_scaling="llama3", rope_theta=50.0, rope_original_context=16, num_kv_heads=2),
+    "mistral": replace(TINY, sliding_window=5, num_kv_heads=2),
+    "qwen2": replace(TINY, qkv_bias=True, num_kv_heads=2, sliding_window=3, window_pattern="FS"),
+    "gemma2": replace(
+        TINY, norm="rmsnorm_1p", activation="geglu", sandwich_norm=True, scale_embeddings=True, tie_embeddings=True,
+        num_kv_heads=1, sliding_window=4, window_pattern="SF", attention_softcap=5.0, logit_softcap=4.0,
+        query_pre_attn_scalar=20.0,
+    ),
+    "gemma3": replace(
+        TINY, norm="rmsnorm_1p", activation="geglu", sandwich_norm=True, scale_embeddings=True, tie_embeddings=True,
+        qk_norm=True, num_layers=3, head_dim=16, sliding_window=4, window_pattern="SSF", sliding_rope_theta=30.0,
+        rope_theta=200.0, rope_scaling="linear", rope_factor=4.0,
+    ),
+    "modern": replace(
+        TINY, norm="rmsnorm_plain", activation="relu2", qk_norm=True, value_embeddings=True, logit_softcap=15.0, num_layers=3,
+        num_kv_heads=2, zero_init=True,
+    ),
+}  # fmt: skip
 variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -76,6 +95,22 @@ def test_logits_equal_the_reference(config: ModelConfig):
         ("geglu", {"activation": "swiglu"}),
         ("gpt2", {"activation": "gelu"}),
         ("gpt2", {"norm_eps": 1e-3}),
+        ("llama3", {"rope_scaling": "linear"}),
+        ("llama3", {"rope_factor": 7.0}),
+        ("llama3", {"rope_low_freq_factor": 1.5}),
+        ("llama3", {"rope_high_freq_factor": 3.0}),
+        ("llama3", {"rope_original_context": 14}),
+        ("mistral", {"sliding_window": 6}),
+        ("qwen2", {"window_pattern": "SF"}),
+        ("gemma2", {"norm": "rmsnorm"}),
+        ("gemma2", {"sandwich_norm": False}),
+        ("gemma2", {"scale_embeddings": False}),
+        ("gemma2", {"attention_softcap": None}),
+        ("gemma2", {"logit_softcap": 5.0}),
+        ("gemma2", {"query_pre_attn_scalar": None}),
+        ("gemma3", {"sliding_rope_theta": None}),
+        ("gemma3", {"rope_scaling": "none"}),
+        ("gemma3", {"window_pattern": "SFS"}),
     ],
 )
 def test_reference_control_sees_every_option(variant: str, wrong: dict[str, Any]):
@@ -97,27 +132,28 @@ def test_each_activation_is_its_formula(activation: Any):
     )
 
 
-def test_rotary_table_is_float32_and_exact_at_far_positions():
-    cos_TE, sin_TE = rope_table(100_000, 64, 10_000.0)
-    angles = 99_999 * 10_000.0 ** (-2 * np.arange(32) / 64)
+def test_rotary_table_is_float32_throughout_as_in_transformers():
+    cos_TE, sin_TE = rope_table(replace(TINY, context_length=100_000, head_dim=64))
+    frequencies = 10_000.0 ** (-2 * np.arange(32) / 64)
     assert cos_TE.dtype == torch.float32
-    np.testing.assert_allclose(cos_TE[-1].numpy(), np.tile(np.cos(angles), 2), atol=1e-7)
-    np.testing.assert_allclose(sin_TE[-1].numpy(), np.tile(np.sin(angles), 2), atol=1e-7)
-    in_float32 = torch.arange(100_000).float()[-1] * 10_000.0 ** -(torch.arange(0, 64, 2).float() / 64)
-    assert not np.allclose(in_float32.cos().numpy(), np.cos(angles), atol=1e-4)  # control: float32 angles are off
+    np.testing.assert_allclose(cos_TE[200].numpy(), np.tile(np.cos(200 * frequencies), 2), atol=5e-5)
+    np.testing.assert_allclose(sin_TE[200].numpy(), np.tile(np.sin(200 * frequencies), 2), atol=5e-5)
+    in_float32 = torch.tensor(99_999.0) * (1.0 / (10_000.0 ** (torch.arange(0, 64, 2).float() / 64)))
+    assert torch.equal(cos_TE[-1], in_float32.cos().repeat(2))
+    assert not np.allclose(cos_TE[-1, :32].numpy(), np.cos(99_999 * frequencies), atol=3e-4)  # control: exact angles are others
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
-    cos_TE, sin_TE = rope_table(200, 16, 100.0)
+    cos_TE, sin_TE = rope_table(replace(TINY, context_length=200, head_dim=16, rope_theta=100.0))
 
     def score(query_at: int, key_at: int) -> float:
-        turned = [rotate(x, (cos_TE[t : t + 1], sin_TE[t : t + 1])) for x, t in ((q, query_at), (k, key_at))]
+        turned = [rotate(x, torch.stack((cos_TE[t : t + 1], sin_TE[t : t + 1]))) for x, t in ((q, query_at), (k, key_at))]
         return (turned[0] * turned[1]).sum().item()
 
     assert score(10, 3) == pytest.approx(score(110, 103), abs=1e-4)
     assert score(10, 3) != pytest.approx(score(10, 4), abs=1e-2)
-    assert rotate(q, (cos_TE[9:10], sin_TE[9:10])).norm().item() == pytest.approx(q.norm().item(), rel=1e-6)
+    assert rotate(q, torch.stack((cos_TE[9:10], sin_TE[9:10]))).norm().item() == pytest.approx(q.norm().item(), rel=1e-6)
 
 
 def test_rms_norm_is_computed_in_float32():
@@ -167,8 +203,11 @@ def test_default_feed_forward_widths():
 @variants
 def test_biases_are_everywhere_or_nowhere(config: ModelConfig):
     model = build(config)
-    able = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.LayerNorm)]
-    assert {m.bias is not None for m in able if m is not getattr(model, "lm_head", None)} == {config.bias}
+    able = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.LayerNorm)}
+    able.pop("lm_head", None)
+    qkv = {name: able.pop(name) for name in list(able) if name.endswith(("q_proj", "k_proj", "v_proj"))}
+    assert {module.bias is not None for module in able.values()} == {config.bias}
+    assert {module.bias is not None for module in qkv.values()} == {config.bias if config.qkv_bias is None else config.qkv_bias}
 
 
 def test_output_has_one_row_of_logits_per_position():
@@ -199,8 +238,12 @@ def test_no_output_depends_on_a_later_input(config: ModelConfig):
         assert inputs_TD is not None
         (gradient,) = torch.autograd.grad(logits_TV[t].square().sum(), inputs_TD, retain_graph=True)
         moved_T = gradient[0].abs().amax(dim=1)
+        farthest = max(
+            0, t - sum((config.sliding_window or T) - 1 if config.slides(layer) else T for layer in range(config.num_layers))
+        )
         assert moved_T[t + 1 :].eq(0).all()
-        assert moved_T[: t + 1].gt(0).all()
+        assert moved_T[:farthest].eq(0).all()  # windows reach as far as all layers together
+        assert moved_T[farthest : t + 1].gt(0).all()
 
 
 def test_sequences_of_a_batch_do_not_see_each_other():
@@ -287,16 +330,17 @@ def test_full_cache_is_refused():
 # ---------------------------------------------------------------------------------------------------------- initial weights
 
 
-@pytest.mark.parametrize("variant", ["llama", "gpt2", "qk_norm", "geglu"])
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "qk_norm", "geglu", "gemma2", "modern"])
 @pytest.mark.parametrize("layers", [2, 8])
 def test_initial_weights_follow_the_table(variant: str, layers: int):
     torch.manual_seed(0)
     model = Transformer(replace(VARIANTS[variant], d_model=128, num_layers=layers, head_dim=32, init_std=0.03), 500)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        writes_zero = variant == "modern" and name.endswith(("o_proj.weight", "down_proj.weight", "gate.weight"))
+        if name.endswith("bias") or writes_zero:
             assert parameter.eq(0).all(), name
         elif parameter.ndim == 1:
-            assert parameter.eq(1).all(), name
+            assert parameter.eq(0 if variant == "gemma2" else 1).all(), name
         else:
             expected = 0.03 / math.sqrt(2 * layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.03
             sigma = expected / math.sqrt(2 * parameter.numel())  # of a measured standard deviation
@@ -441,6 +485,14 @@ def test_bf16_autocast_is_close_to_float32(config: ModelConfig):
         ({"rope_theta": 0.0}, "rope_theta: must be positive, got 0.0"),
         ({"norm_eps": -1.0}, "norm_eps: must not be negative, got -1.0"),
         ({"init_std": -0.02}, "init_std: must not be negative, got -0.02"),
+        ({"window_pattern": "SSL"}, "window_pattern: must be letters S (sliding) and F (full), got 'SSL'"),
+        ({"window_pattern": ""}, "window_pattern: must be letters S (sliding) and F (full), got ''"),
+        ({"logit_softcap": 0.0}, "logit_softcap: must be positive, got 0.0"),
+        ({"attention_softcap": math.nan}, "attention_softcap: must be positive, got nan"),
+        (
+            {"rope_scaling": "llama3", "rope_low_freq_factor": 4.0},
+            "rope_low_freq_factor: must be below rope_high_freq_factor 4.0, got 4.0",
+        ),
         *(
             ({name: value}, f"{name}: must be at least 1, got {value}")
             for name in (
@@ -452,6 +504,8 @@ def test_bf16_autocast_is_close_to_float32(config: ModelConfig):
                 "num_kv_heads",
                 "head_dim",
                 "d_ff",
+                "sliding_window",
+                "rope_original_context",
             )
             for value in (0, -1)
         ),

@@ -1,0 +1,42 @@
+"""Normalisation over the last dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from accel_pretrain.models.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (Zhang & Sennrich 2019, eq. 4), in float32.
+
+    ``kind`` is that of :attr:`ModelConfig.norm`: ``rmsnorm_1p`` multiplies by 1 + weight, so that weight decay pulls
+    towards 1, and ``rmsnorm_plain`` by nothing.
+    """
+
+    def __init__(self, width: int, eps: float, kind: str = "rmsnorm") -> None:
+        super().__init__()
+        self.shape, self.eps, self.kind = (width,), eps, kind
+        self.weight = None if kind == "rmsnorm_plain" else nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        if self.kind == "rmsnorm_1p":
+            weight = 1.0 + weight  # type: ignore[operator]  # this kind has one
+        return F.rms_norm(x.float(), self.shape, weight, self.eps).to(x.dtype)
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """A norm of the residual stream."""
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+    return RMSNorm(config.d_model, config.norm_eps, config.norm)
+
+
+def build_head_norm(config: ModelConfig) -> nn.Module:
+    """A norm of queries or keys, per head (Dehghani et al. 2023, section 2); nothing unless ``qk_norm``."""
+    if not config.qk_norm:
+        return nn.Identity()
+    return RMSNorm(config.head_width, config.norm_eps, "rmsnorm" if config.norm == "layernorm" else config.norm)
