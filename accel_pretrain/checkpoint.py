@@ -52,6 +52,7 @@ class CheckpointConfig:
     resume_from: str | None = option(
         "auto", "auto: the newest checkpoint in checkpoint_dir, if any; never; or a path", aliases=("resume",)
     )
+    init_from: Path | None = option(None, "a run or checkpoint whose shape and weights a new run begins with, at step 0")
 
     def __post_init__(self) -> None:
         refuse(
@@ -111,6 +112,33 @@ def publish(
     if accelerator.is_main_process:
         _prune(run_dir, keep_last)
     accelerator.wait_for_everyone()
+    return final
+
+
+def publish_weights(run_dir: Path, write: Callable[[Path], None]) -> Path:
+    """Publish what ``write`` puts into a folder as ``run_dir/checkpoint_00000000``: weights that no run here has made.
+
+    It has no optimizer, so that a run can begin with it (``init_from``) but not resume it. Raises :class:`CheckpointError` when
+    ``run_dir`` holds checkpoints already. For one process.
+    """
+    if existing := _checkpoints(run_dir):
+        raise CheckpointError(f"{run_dir} already holds {existing[0].name}; name another directory")
+    final = run_dir / "checkpoint_00000000"
+    temporary = run_dir / f".tmp_{final.name}"
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        _write_json(temporary / STATE, dataclasses.asdict(TrainState()))
+        _seal(temporary)
+        _commit(temporary, final, is_best=False)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
     return final
 
 
@@ -324,6 +352,7 @@ def restore(accelerator: Accelerator, optimizer: torch.optim.Optimizer, checkpoi
 
     Learning rate, decay and the like stay what the config says now; only the moments come from the checkpoint.
     """
+    require_optimizer(checkpoint)
     refused = [path.name for path in checkpoint.glob("*") if path.name.startswith(("custom_checkpoint", "pytorch_model"))]
     if refused:
         raise CheckpointError(f"{checkpoint}: {refused[0]} is a pickle, which is never loaded")
@@ -341,6 +370,13 @@ def restore(accelerator: Accelerator, optimizer: torch.optim.Optimizer, checkpoi
     return read_state(checkpoint)
 
 
+def require_optimizer(checkpoint: Path) -> None:
+    """Raise :class:`CheckpointError` for weights that no run has trained: there is nothing to go on from."""
+    if not any(checkpoint.glob("optimizer*")):
+        begin = f"to begin a run with it, type --init_from {checkpoint.parent} --checkpoint_dir NEW"
+        raise CheckpointError(f"{checkpoint} holds weights and no optimizer: {begin}")
+
+
 def write_model_description(folder: Path, config: ModelConfig, vocab_size: int) -> None:
     """Write ``model.json``: enough to build the model without anything else."""
     _write_json(folder / MODEL, {**to_plain(config), "vocab_size": vocab_size})
@@ -351,12 +387,28 @@ def load_model(run_or_checkpoint: Path | str) -> Transformer:
     return read_model(resolve(Path(run_or_checkpoint)))
 
 
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """The model's shape, vocabulary included, from a verified checkpoint."""
+    path = checkpoint / MODEL
+    try:
+        config = from_mapping(ModelConfig, json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+    refuse((config.vocab_size is None, f"{path}: vocab_size is missing"))
+    return config
+
+
 def read_model(checkpoint: Path) -> Transformer:
-    """The same, from a checkpoint that :func:`resolve` has verified: hashing it once is enough."""
-    config = from_mapping(ModelConfig, json.loads((checkpoint / MODEL).read_text(encoding="utf-8")), str(checkpoint / MODEL))
+    """The same as :func:`load_model`, from a checkpoint that :func:`resolve` has verified: hashing it once is enough.
+
+    The parameters are mapped from the file: what is not used takes no memory, and changing them does not change the file.
+    """
+    config = read_model_config(checkpoint)
     assert config.vocab_size is not None
-    model = Transformer(config, config.vocab_size)
-    model.load_state_dict(load_file(checkpoint / WEIGHTS))
+    with torch.device("meta"):
+        model = Transformer(config, config.vocab_size)
+    model.load_state_dict(load_file(checkpoint / WEIGHTS), assign=True)
+    model.make_tables()
     return model.eval()
 
 

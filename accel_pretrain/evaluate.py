@@ -1,8 +1,9 @@
-"""How good a trained model is on a token dataset: ``python -m accel_pretrain.evaluate --checkpoint RUN --data DIR``.
+"""How good a trained model is: ``python -m accel_pretrain.evaluate --checkpoint RUN`` with ``--data DIR`` or ``--tasks NAMES``.
 
-Loss with its standard error, perplexity and bits per byte, on the whole split unless told otherwise; on one process or many
-(``accelerate launch -m accel_pretrain.evaluate ...``) with the same result. ``--xz`` also compresses the text with a general
-compressor, as a yardstick: a model that predicts text well needs fewer bits for it.
+On tokens, loss with its standard error, perplexity and bits per byte, on the whole split unless told otherwise. ``--xz`` also
+compresses the text with a general compressor, as a yardstick: a model that predicts text well needs fewer bits for it. With
+``--tasks hellaswag,lambada_openai`` the measures of lm-eval (see :mod:`accel_pretrain.harness`), and those on tokens only if
+``--data`` is given too. One process or many (``accelerate launch -m accel_pretrain.evaluate ...``) have the same result.
 """
 
 from __future__ import annotations
@@ -12,26 +13,28 @@ import logging
 import lzma
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from accelerate import Accelerator
 
-from accel_pretrain.checkpoint import read_model, read_state, resolve
+from accel_pretrain.checkpoint import read_model, read_state, read_tokenizer, resolve
 from accel_pretrain.config import RunConfig
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import ConfigError, DataError, refuse, reported
+from accel_pretrain.harness import Scorer, TasksConfig, as_plain, as_tables, find_tasks, run_tasks
 from accel_pretrain.models import Transformer
 from accel_pretrain.runtime import TrainingConfig, build_accelerator
 from accel_pretrain.shards import TokenSplit, open_split
-from accel_pretrain.tokenizer import load_tokenizer
+from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import load, option, parse_command_line, reference, section
 from accel_pretrain.validation import EvalResult, validate
 
 USAGE = """\
 usage: python -m accel_pretrain.evaluate --checkpoint RUN [--data DIR] [--key VALUE | section.key=VALUE]...
+       python -m accel_pretrain.evaluate --checkpoint RUN --tasks NAME,NAME [--num_fewshot 5] [--limit 100]
        accelerate launch -m accel_pretrain.evaluate --checkpoint RUN [...]      several processes, the same numbers
 
   --config FILE    the keys below, as YAML or JSON
@@ -48,6 +51,7 @@ class SourceConfig:
     data: Path | None = option(None, "a dataset folder, or a file of ids; null: the data that the run was made with")
     split: str = option("val", "which split of the dataset")
     dtype: Literal["uint16", "uint32"] | None = option(None, "of a bare file; null: the dataset's, or uint16")
+    tokenizer: str | None = option(None, "for tasks: a name, a .tiktoken file or a folder; null: the model's own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +82,25 @@ class EvaluateConfig:
 
     source: SourceConfig = section(SourceConfig, "Which model, on which tokens")
     measure: MeasureConfig = section(MeasureConfig, "How to measure, and what to print")
+    harness: TasksConfig = section(TasksConfig, "On which tasks, by the package lm-eval")
+
+    def __post_init__(self) -> None:
+        about_tokens = [name for name in ("xz", "eval_iters") if getattr(self.measure, name)]
+        refuse((bool(about_tokens) and not self.on_tokens, f"measure.{', '.join(about_tokens)}: about tokens, add --data DIR"))
+
+    @property
+    def on_tokens(self) -> bool:
+        """Whether to measure on tokens: when told on which, or when there is nothing else to do."""
+        return self.source.data is not None or not self.harness.tasks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was measured on what; ``split`` is None for a bare file, ``xz_bits_per_byte`` where it was not asked for."""
+    """What was measured on which tokens; ``split`` is None for a bare file, ``xz_bits_per_byte`` where it was not asked for."""
 
-    checkpoint: str
-    step: int
     data: str
     split: str | None
     context_length: int
-    processes: int
     result: EvalResult
     xz_bits_per_byte: float | None
 
@@ -117,33 +128,42 @@ def evaluate(config: EvaluateConfig) -> int:
     source, measure = config.source, config.measure
     if source.checkpoint is None:
         raise ConfigError("source.checkpoint: not given; type --checkpoint RUN, the directory of a run")
+    found = find_tasks(config.harness) if config.harness.tasks else None
     checkpoint = resolve(source.checkpoint)
-    path, dtype = find_data(source, checkpoint)
-    split, model = open_split(path, source.split, dtype), read_model(checkpoint)
+    path, dtype = find_data(source, checkpoint) if config.on_tokens else (None, None)
+    split = open_split(path, source.split, dtype) if path else None
+    model = read_model(checkpoint)
     refuse_misfits(model, checkpoint, split, measure)
-    windows = Windows(split, measure.context_length or model.config.context_length)
-    training = TrainingConfig(device=measure.device, mixed_precision=measure.mixed_precision)
-    accelerator = build_accelerator(training, [], checkpoint)
+    context_length = measure.context_length or model.config.context_length
+    windows = Windows(split, context_length) if split else None
+    tokenizer = find_tokenizer(source.tokenizer, checkpoint, model) if found else None
+    accelerator = build_accelerator(
+        TrainingConfig(device=measure.device, mixed_precision=measure.mixed_precision), [], checkpoint
+    )
     try:
-        result = run_model(accelerator, model, windows, measure, split.bytes_per_token)
-        if accelerator.is_main_process:
+        prepared = cast("Transformer", accelerator.prepare_model(model, evaluation_mode=True))
+        report = results = None
+        if path and split and windows:
+            result = run_model(accelerator, prepared, windows, measure, split.bytes_per_token)
             report = Report(
-                checkpoint=str(checkpoint), step=read_state(checkpoint).step, data=str(path),
-                split=source.split if path.is_dir() else None, context_length=windows.context_length,
-                processes=accelerator.num_processes, result=result,
-                xz_bits_per_byte=xz_bits_per_byte(split) if measure.xz else None,
+                data=str(path), split=source.split if path.is_dir() else None, context_length=context_length, result=result,
+                xz_bits_per_byte=xz_bits_per_byte(split) if measure.xz and accelerator.is_main_process else None,
             )  # fmt: skip
-            print(as_json(report) if measure.json else as_text(report), flush=True)
+        if found and tokenizer:
+            scorer = Scorer(accelerator, prepared, tokenizer, batch_size=measure.batch_size, context_length=context_length)
+            results = run_tasks(found, scorer, config.harness)
+        if accelerator.is_main_process:
+            about = {"checkpoint": str(checkpoint), "step": read_state(checkpoint).step, "processes": accelerator.num_processes}
+            print((as_json if measure.json else as_text)(about, report, results), flush=True)
         return 0
     finally:
         accelerator.end_training()
 
 
 def run_model(
-    accelerator: Accelerator, model: Transformer, windows: Windows, measure: MeasureConfig, bytes_per_token: float | None
+    accelerator: Accelerator, prepared: Transformer, windows: Windows, measure: MeasureConfig, bytes_per_token: float | None
 ) -> EvalResult:
     """The loss on ``windows``, under the precision of the accelerator. Collective."""
-    prepared = accelerator.prepare_model(model, evaluation_mode=True)
     wanted = None if measure.eval_iters is None else measure.eval_iters * measure.batch_size
     return validate(
         accelerator, prepared, windows, batch_size=measure.batch_size, wanted=wanted, bytes_per_token=bytes_per_token
@@ -166,23 +186,35 @@ def find_data(source: SourceConfig, checkpoint: Path) -> tuple[Path, str | None]
     return path, recorded.dtype
 
 
-def refuse_misfits(model: Transformer, checkpoint: Path, split: TokenSplit, measure: MeasureConfig) -> None:
-    """Raise one error with every reason why this model's loss on these tokens would not mean anything, or cannot be had."""
+def find_tokenizer(wanted: str | None, checkpoint: Path, model: Transformer) -> Tokenizer:
+    """The tokenizer that turns the text of tasks into ids: the model's own, or the one named for a model that has none."""
+    if wanted is None:
+        return read_tokenizer(checkpoint)
+    tokenizer, own = load_tokenizer(wanted), checkpoint / "tokenizer"
+    if own.is_dir() and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
+        raise DataError(f"source.tokenizer: {checkpoint} holds its own, which is another one; leave --tokenizer out")
+    if tokenizer.vocab_size > model.vocab_size:
+        raise DataError(f"source.tokenizer: {wanted} has {tokenizer.vocab_size:,} ids, the model knows {model.vocab_size:,}")
+    return tokenizer
+
+
+def refuse_misfits(model: Transformer, checkpoint: Path, split: TokenSplit | None, measure: MeasureConfig) -> None:
+    """Raise one error with every reason why this model's numbers would not mean anything, or cannot be had."""
     problems = []
     own = checkpoint / "tokenizer"
-    if split.tokenizer and own.is_dir() and load_tokenizer(own).fingerprint != split.tokenizer["fingerprint"]:
+    if split and split.tokenizer and own.is_dir() and load_tokenizer(own).fingerprint != split.tokenizer["fingerprint"]:
         problems.append(
             f"source.data: {split.source} was made with another tokenizer ({split.tokenizer['name']}) than the model's; "
             f"tokenize the text again: python -m prep.tokenize SRC... --tokenizer {own}"
         )
-    if split.max_id >= model.vocab_size:
+    if split and split.max_id >= model.vocab_size:
         problems.append(
             f"source.data: {split.source} holds token id {split.max_id}, the model knows ids below {model.vocab_size}"
         )
     longest = model.config.context_length
     if (measure.context_length or 0) > longest:
         problems.append(f"measure.context_length: {measure.context_length} is more than the model's {longest}")
-    if measure.xz and not split.tokenizer_path:
+    if split and measure.xz and not split.tokenizer_path:
         problems.append(f"measure.xz: {split.source} is a bare file of ids, whose text is not known; name a dataset folder")
     if problems:
         raise DataError(problems)
@@ -209,26 +241,33 @@ def xz_bits_per_byte(split: TokenSplit) -> float:
 # ----------------------------------------------------------------------------------------------------------- the result
 
 
-def as_json(report: Report) -> str:
-    """One JSON object; losses are in nats per token, and what is not known is null."""
-    result = report.result
-    facts = {name: getattr(report, name) for name in ("checkpoint", "step", "data", "split", "context_length", "processes")}
-    measured = {name: getattr(result, name) for name in ("tokens", "loss", "standard_error", "perplexity", "bits_per_byte")}
-    return json.dumps(
-        {
-            **facts,
-            **measured,
-            "bits_per_byte_standard_error": report.bits_standard_error,
-            "xz_bits_per_byte": report.xz_bits_per_byte,
+def as_json(about: Mapping[str, Any], report: Report | None, results: Mapping[str, Any] | None) -> str:
+    """One JSON object; losses are in nats per token, lm-eval's results are under ``tasks``, and what is not known is null."""
+    document = dict(about)
+    if report is not None:
+        result = report.result
+        document |= {name: getattr(report, name) for name in ("data", "split", "context_length")}
+        document |= {
+            name: getattr(result, name) for name in ("tokens", "loss", "standard_error", "perplexity", "bits_per_byte")
         }
-    )
+        document["bits_per_byte_standard_error"] = report.bits_standard_error
+        document["xz_bits_per_byte"] = report.xz_bits_per_byte
+    if results is not None:
+        document["tasks"] = as_plain(results)
+    return json.dumps(document)
 
 
-def as_text(report: Report) -> str:
-    """Aligned lines for people."""
+def as_text(about: Mapping[str, Any], report: Report | None, results: Mapping[str, Any] | None) -> str:
+    """Aligned lines for people, then lm-eval's own tables."""
+    rows = [("Checkpoint", f"{about['checkpoint']} (iteration {about['step']})"), *(rows_of(report) if report else ())]
+    lines = [f"{name:<16}{value}" for name, value in rows]
+    return "\n".join([*lines, *(("", as_tables(results)) if results else ())])
+
+
+def rows_of(report: Report) -> list[tuple[str, str]]:
+    """Names and values of what was measured on tokens."""
     result, split = report.result, f", {report.split} split" if report.split else ""
     rows = [
-        ("Checkpoint", f"{report.checkpoint} (iteration {report.step})"),
         ("Data", f"{report.data}{split}: {result.tokens:,} tokens in windows of {report.context_length}"),
         ("Loss", f"{result.loss:.4f} ± {result.standard_error:.4f} nats per token"),
         ("Perplexity", f"{result.perplexity:.2f}"),
@@ -242,7 +281,7 @@ def as_text(report: Report) -> str:
         smaller, larger = ("the model's", "xz's") if bits < xz else ("xz's", "the model's")
         rows.append(("  of xz -9e", f"{xz:.4f}"))
         rows.append(("", f"{smaller} is smaller, {min(bits, xz) / max(bits, xz):.0%} of {larger}"))
-    return "\n".join(f"{name:<16}{value}" for name, value in rows)
+    return rows
 
 
 if __name__ == "__main__":

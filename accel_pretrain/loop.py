@@ -239,20 +239,28 @@ def _validate(run: TrainingRun, which: str) -> EvalResult:
 
 
 def show_sample(run: TrainingRun, state: TrainState) -> None:
-    """Generate from the model as it is now, on the main process, into the terminal."""
+    """Generate from the model as it is now, on the main process alone: the module itself, so that nobody else is asked.
+
+    The draws have a random state of their own, and nothing of the run's is touched: it goes on to the same bits.
+    """
     if run.tokenizer is None or not run.accelerator.is_main_process:
         return
-    settings = run.config.logging
-    prompt = [int(id) for id in run.tokenizer.encode(settings.sample_prompt)] or [run.tokenizer.eot_id]
-    sampling = SamplingConfig(max_new_tokens=settings.sample_tokens, seed=run.config.training.seed)
+    settings, tokenizer = run.config.logging, run.tokenizer
+    sampling = SamplingConfig(
+        max_new_tokens=settings.sample_tokens, temperature=settings.sample_temperature, seed=run.config.training.seed
+    )
+    texts: list[tuple[str, str]] = []
     run.module.eval()
-    new = generate(run.module, prompt, sampling, vocab_size=run.tokenizer.vocab_size, stop_id=run.tokenizer.eot_id)
     try:
         with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-            run.log.sample(state.step, settings.sample_prompt, run.tokenizer.decode(list(new)))
-    except PretrainError as error:  # a sample must not end a run
-        run.log.line(f"No sample at iteration {state.step}: {error.message}")
+            for prompt in settings.prompts:
+                ids = [int(id) for id in tokenizer.encode(prompt)] or [tokenizer.eot_id]
+                new = generate(run.module, ids, sampling, vocab_size=tokenizer.vocab_size, stop_id=tokenizer.eot_id)
+                texts.append((prompt, tokenizer.decode(list(new))))
+    except (PretrainError, torch.OutOfMemoryError) as error:  # a sample must not end a run
+        run.log.line(f"No sample at iteration {state.step}: {str(error).splitlines()[0]}")
     run.module.train()
+    run.log.samples(state.step, texts)
 
 
 def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
@@ -287,4 +295,7 @@ def finish(run: TrainingRun, state: TrainState, saved: int) -> None:
             f"Nothing to do: {state.step} of {run.plan.max_iters} updates are done; more max_iters, tokens or epochs go on"
         )
     else:
-        save(run, state, is_best=evaluate(run, state, "final"))
+        best = evaluate(run, state, "final")
+        if run.config.logging.sample_interval is not None:
+            show_sample(run, state)
+        save(run, state, is_best=best)

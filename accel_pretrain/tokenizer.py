@@ -1,9 +1,9 @@
-"""Text to token ids and back, through tiktoken's byte-pair encoder or plain bytes. Torch-free.
+"""Text to token ids and back, through tiktoken's byte-pair encoder, plain bytes, or a ``tokenizer.json``. Torch-free.
 
 :func:`load_tokenizer` takes a name (``gpt2``, ``bytes``, any tiktoken encoding), a file of ``.tiktoken`` ranks, or a folder
 that :meth:`Tokenizer.save` wrote (a dataset or a run holds one as ``tokenizer/``). A saved tokenizer is text: ranks as tiktoken
 writes them, and JSON. The split pattern is saved with the ranks, because a ``.tiktoken`` file does not carry it and another
-pattern gives other ids.
+pattern gives other ids. ``tokenizer.json`` files of the Hugging Face world come in through :mod:`accel_pretrain.hf.tokenizers`.
 
 Text is text: a literal ``<|endoftext|>`` in a document is encoded as its characters, never as the special token.
 """
@@ -13,11 +13,13 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +27,9 @@ from accel_pretrain.errors import DataError
 
 SPEC_FILE = "spec.json"
 RANKS_FILE = "ranks.tiktoken"
+DEFINITION_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
+LARGEST = 1 << 24  # no vocabulary has so many ids: an id beyond it is damage, and would ask for terabytes of embeddings
 # GPT-2's pre-tokenisation pattern (Radford et al. 2019), in tiktoken's possessive spelling: same splits, no backtracking.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
@@ -82,20 +86,27 @@ class ByteTokenizer(Tokenizer):
 
 
 class BpeTokenizer(Tokenizer):
-    """Byte-pair encoding by tiktoken, from ranks, a split pattern, and special tokens of which one ends a text."""
+    """Byte-pair encoding by tiktoken, from ranks, a split pattern, and special tokens of which one, ``eot``, ends a text."""
 
-    def __init__(self, name: str, ranks: Mapping[bytes, int], pattern: str, specials: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        ranks: Mapping[bytes, int],
+        pattern: str,
+        specials: Mapping[str, int] | None = None,
+        eot: str = END_OF_TEXT,
+    ) -> None:
         import tiktoken
 
         self.name = name
-        self._ranks, self._pattern = dict(ranks), pattern
-        self._specials = dict(specials or {END_OF_TEXT: len(ranks)})
-        if END_OF_TEXT not in self._specials:
-            raise DataError(f"tokenizer {name} has no {END_OF_TEXT} token, which must end every document")
-        self.eot_id = self._specials[END_OF_TEXT]
-        self.vocab_size = 1 + max(max(self._ranks.values()), *self._specials.values())
-        self.fingerprint = _fingerprint(self._ranks, pattern, self._specials)
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self._ranks, special_tokens=self._specials)
+        self.ranks, self.pattern, self.eot = dict(ranks), pattern, eot
+        self.specials = dict(specials or {eot: len(ranks)})
+        if eot not in self.specials:
+            raise DataError(f"tokenizer {name} has no {eot} token, which must end every document")
+        self.eot_id = self.specials[eot]
+        self.vocab_size = 1 + max(max(self.ranks.values()), *self.specials.values())
+        self.fingerprint = _fingerprint(self.ranks, pattern, self.specials, eot)
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.specials)
 
     def encode(self, text: str) -> np.ndarray:
         try:
@@ -114,30 +125,123 @@ class BpeTokenizer(Tokenizer):
 
     @functools.cached_property
     def _bytes_of(self) -> dict[int, bytes]:
-        specials = {id: text.encode() for text, id in self._specials.items() if id != self.eot_id}
-        return specials | {rank: token for token, rank in self._ranks.items()}
+        specials = {id: text.encode() for text, id in self.specials.items() if id != self.eot_id}
+        return specials | {rank: token for token, rank in self.ranks.items()}
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        ordered = sorted(self._ranks.items(), key=lambda item: item[1])
+        ordered = sorted(self.ranks.items(), key=lambda item: item[1])
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ordered)
         (folder / RANKS_FILE).write_text("".join(lines))
-        spec = {
-            "kind": "bpe",
-            "name": self.name,
-            "pattern": self._pattern,
-            "special_tokens": self._specials,
-            "fingerprint": self.fingerprint,
-        }
+        spec = {"kind": "bpe", "name": self.name, "pattern": self.pattern, "special_tokens": self.specials}
+        if self.eot != END_OF_TEXT:
+            spec["eot"] = self.eot
+        spec["fingerprint"] = self.fingerprint
         (folder / SPEC_FILE).write_text(json.dumps(spec, indent=2) + "\n")
 
 
-def _fingerprint(ranks: Mapping[bytes, int], pattern: str, specials: Mapping[str, int]) -> str:
+def _fingerprint(ranks: Mapping[bytes, int], pattern: str, specials: Mapping[str, int], eot: str) -> str:
     digest = hashlib.sha256(pattern.encode())
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         digest.update(len(token).to_bytes(4, "little") + token + rank.to_bytes(4, "little"))
     digest.update(json.dumps(sorted(specials.items())).encode())
+    if eot != END_OF_TEXT:  # the fingerprints of datasets that were written before there was a choice stay what they are
+        digest.update(eot.encode())
     return digest.hexdigest()
+
+
+class HfTokenizer(Tokenizer):
+    """Any other ``tokenizer.json`` of the Hugging Face world: SentencePiece's models with byte fallback, normalizers.
+
+    ``definition`` is the content of that file, which is kept to the byte; ``settings`` is that of the ``tokenizer_config.json``
+    beside it, for the way back. Nothing is added before or after a text. Where the tokenizer puts a space before every text,
+    decoding shows it, because what is decoded is mostly the continuation of another text.
+    """
+
+    def __init__(self, name: str, definition: bytes, eot_id: int, settings: bytes | None = None) -> None:
+        self.name, self.definition, self.eot_id, self.settings = name, definition, eot_id, settings
+        try:
+            import tokenizers
+        except ImportError:
+            raise DataError(f"tokenizer {name}: a tokenizer.json needs tokenizers: pip install 'accel_pretrain[hf]'") from None
+        try:
+            plan = json.loads(definition)
+            steps = _decoder_steps(plan["decoder"])
+            self.backend = tokenizers.Tokenizer.from_buffer(definition)
+            self._bytes_of = {id: _decode_token(token, steps) for token, id in self.backend.get_vocab().items()}
+            added = {id: token.content for id, token in self.backend.get_added_tokens_decoder().items()}
+            if added != {token["id"]: token["content"] for token in plan["added_tokens"]} or max(self._bytes_of) >= LARGEST:
+                raise ValueError("its added tokens have impossible ids")
+            dropout = plan["model"].get("dropout")
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, from the library
+                raise
+            raise DataError(f"tokenizer {name}: cannot use its tokenizer.json ({' '.join(str(error).split())[:200]})") from None
+        if dropout:
+            raise DataError(f"tokenizer {name} drops merges at random; set model.dropout to null in its tokenizer.json")
+        if eot_id not in self._bytes_of:
+            raise DataError(f"tokenizer {name} has no token {eot_id}, which must end every document")
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.encode_special_tokens = True
+        self.vocab_size = 1 + max(self._bytes_of)
+        self.eot = self.backend.id_to_token(eot_id) or ""
+        self._bytes_of |= {id: text.encode() for id, text in added.items()} | {eot_id: b""}
+        self.fingerprint = hashlib.sha256(f"accel_pretrain hf {eot_id}\n".encode() + definition).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = self._encode_piece(text)
+        if self.eot_id in ids:  # a Unigram model, for one, finds the token by its text: cut that in two
+            left, right = self.eot[: len(self.eot) // 2], self.eot[len(self.eot) // 2 :]
+            parts = text.split(self.eot)
+            heads, tails = ["", *[right] * (len(parts) - 1)], [*[left] * (len(parts) - 1), ""]
+            pieces = ("".join(piece) for piece in zip(heads, parts, tails, strict=True))
+            ids = np.concatenate([self._encode_piece(piece) for piece in pieces])
+        if self.eot_id in ids:
+            raise DataError(f"tokenizer {self.name} takes a part of this text for the end of a text: {text[:80]!r}")
+        return ids
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        return np.array(self.backend.encode(_utf8(text).decode(), add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self._bytes_of.get(int(id), b"") for id in ids)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DEFINITION_FILE).write_bytes(self.definition)
+        if self.settings is not None:
+            (folder / SETTINGS_FILE).write_bytes(self.settings)
+        spec = {"kind": "hf", "name": self.name, "eot_id": self.eot_id, "fingerprint": self.fingerprint}
+        (folder / SPEC_FILE).write_text(json.dumps(spec, indent=2) + "\n")
+
+
+def byte_alphabet() -> list[str]:
+    """How byte-level BPE writes each of the 256 bytes as one visible character (Radford et al. 2019)."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+def _decoder_steps(decoder: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    if odd := {step["type"] for step in steps} - {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}:
+        raise ValueError(f"its tokens do not stand for text that can be put together token by token: decoder {odd.pop()}")
+    return steps
+
+
+def _decode_token(token: str, steps: Sequence[Mapping[str, Any]]) -> bytes:
+    """What one token of a ``tokenizer.json`` stands for in the middle of a text: Strip is for the ends, Fuse joins."""
+    for step in steps:
+        if step["type"] == "ByteLevel" and all(character in _BYTE_OF for character in token):
+            return bytes(_BYTE_OF[character] for character in token)
+        if step["type"] == "ByteFallback" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        if step["type"] == "Metaspace":
+            token = token.replace(step["replacement"], " ")
+        if step["type"] == "Replace":
+            token = token.replace(step["pattern"]["String"], step["content"])
+    return token.encode()
 
 
 def _utf8(text: str) -> bytes:
@@ -155,6 +259,9 @@ def _cut_whitespace(text: str, longest: int = 100_000) -> list[str]:
         pieces.append(text[start : run.end()])
         start = run.end()
     return [*pieces, text[start:]]
+
+
+_BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
@@ -175,28 +282,37 @@ def _load_saved(folder: Path) -> Tokenizer:
         spec = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
         if spec["kind"] == "bytes":
             tokenizer: Tokenizer = ByteTokenizer()
+        elif spec["kind"] == "hf":
+            settings = (folder / SETTINGS_FILE).read_bytes() if (folder / SETTINGS_FILE).exists() else None
+            tokenizer = HfTokenizer(spec["name"], (folder / DEFINITION_FILE).read_bytes(), int(spec["eot_id"]), settings)
         else:
-            tokenizer = BpeTokenizer(spec["name"], _read_ranks(folder / RANKS_FILE), spec["pattern"], spec["special_tokens"])
+            ranks, eot = _read_ranks(folder / RANKS_FILE, gaps=True), spec.get("eot", END_OF_TEXT)
+            tokenizer = BpeTokenizer(spec["name"], ranks, spec["pattern"], spec["special_tokens"], eot)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: not a saved tokenizer ({error})") from None
     if tokenizer.fingerprint != spec["fingerprint"]:
-        raise DataError(f"{folder}: the ranks or the pattern were changed after they were saved; write the dataset again")
+        raise DataError(f"{folder}: its files were changed after they were saved; write the dataset again")
     return tokenizer
 
 
 def _load_ranks(path: Path) -> Tokenizer:
+    if (path / DEFINITION_FILE).exists():
+        raise DataError(f"--tokenizer {path}: a Hugging Face folder comes in by: python -m accel_pretrain.hf import --help")
     if not path.is_file():
         raise DataError(f"--tokenizer {path}: {path.absolute()} does not exist or is not a .tiktoken file")
     return BpeTokenizer(path.stem, _read_ranks(path), GPT2_PATTERN)
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
+def _read_ranks(path: Path, *, gaps: bool = False) -> dict[bytes, int]:
+    """The ranks in a file; ``gaps`` lets ids be left out, as in p50k_base, where a special token has one of them."""
     try:
         pairs = (line.split() for line in path.read_bytes().splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError as error:
         raise DataError(f"{path}: not a file of tiktoken ranks ({error})") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
+    ids = set(ranks.values())
+    contiguous = gaps or ids == set(range(len(ranks)))
+    if len(ids) < len(ranks) or not contiguous or any(bytes([byte]) not in ranks for byte in range(256)):
         raise DataError(f"{path}: ranks must be 0, 1, 2, ... and hold all 256 single bytes")
     return ranks
 

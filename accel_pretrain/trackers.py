@@ -10,19 +10,20 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tqdm import tqdm
 
 from accel_pretrain.errors import refuse
 from accel_pretrain.metrics import MetricsFile, cut_back
 from accel_pretrain.typed_yaml import option
 
+_TAKE_TEXT = ("tensorboard", "comet_ml", "trackio")  # what Accelerate's log does with a text there: keep it
 _log = logging.getLogger(__name__)
 
 
@@ -37,7 +38,9 @@ class LoggingConfig:
     wandb_run_name: str | None = option(None, "run name in wandb; null: wandb chooses")
     sample_interval: int | None = option(None, "updates between generated samples; null: none")
     sample_prompt: str = option("", "what the samples continue; empty: a new document")
+    sample_prompts: tuple[str, ...] = option((), "several of them, in place of sample_prompt")
     sample_tokens: int = option(64, "tokens per sample")
+    sample_temperature: float = option(0.8, "divides the logits of samples; 0: always the most likely token")
 
     def __post_init__(self) -> None:
         known = ["all", *LOGGER_TYPE_TO_CLASS]
@@ -50,7 +53,14 @@ class LoggingConfig:
                 f"sample_interval: must be at least 1 or null, got {self.sample_interval}",
             ),
             (self.sample_tokens < 1, f"sample_tokens: must be at least 1, got {self.sample_tokens}"),
+            (self.sample_temperature < 0, f"sample_temperature: must not be negative, got {self.sample_temperature}"),
+            (bool(self.sample_prompt and self.sample_prompts), "sample_prompts: give it or sample_prompt, not both"),
         )
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What the samples continue, one each."""
+        return self.sample_prompts or (self.sample_prompt,)
 
     @property
     def tracker_names(self) -> list[str]:
@@ -95,8 +105,9 @@ class RunLog:
     def line(self, text: str) -> None:
         """One line for people, above the progress bar if there is one."""
         if self._accelerator.is_main_process:
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # of a terminal that may not know every character
             try:
-                self._bar.write(text, file=sys.stdout)
+                self._bar.write(text.encode(encoding, errors="replace").decode(encoding), file=sys.stdout)
                 sys.stdout.flush()
             except BrokenPipeError:  # nobody reads any more: Ctrl+C ended the `tee` behind us too. The run must still be saved
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -114,18 +125,27 @@ class RunLog:
         except Exception as error:
             self._give_up(error)
 
-    def sample(self, step: int, prompt: str, continuation: str) -> None:
-        """Generated text, to the terminal and to ``samples.jsonl``."""
-        if self._file is not None:
-            self.line(f"Sample at iteration {step}: {prompt}{continuation}")
-            with self._samples.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "prompt": prompt, "text": continuation}) + "\n")
+    def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Prompts and what was generated after them: a line each in the terminal, whole in ``samples.jsonl`` and trackers."""
+        if self._file is None:
+            return
+        for prompt, text in texts:
+            self.line(f"Sample at iteration {step}: {_on_one_line(prompt + text)}")
+        with self._samples.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n" for prompt, text in texts)
+        for tracker in self._accelerator.trackers:
+            try:
+                _track_samples(tracker, step, texts)
+            except Exception as error:
+                self._give_up(error, tracker)
 
-    def _give_up(self, error: Exception) -> None:
-        names = ", ".join(getattr(tracker, "name", "") for tracker in self._accelerator.trackers)
+    def _give_up(self, error: Exception, failed: GeneralTracker | None = None) -> None:
+        """Go on without the tracker that failed, or without all where it is not known which one did."""
+        trackers = self._accelerator.trackers
+        names = ", ".join(getattr(tracker, "name", "") for tracker in ([failed] if failed else trackers))
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         _log.warning("tracker %s failed and gets no more metrics: %s", names or self._accelerator.log_with, first)
-        self._accelerator.trackers = []
+        self._accelerator.trackers = [tracker for tracker in trackers if failed and tracker is not failed]
 
     def close(self) -> None:
         self._bar.close()
@@ -138,6 +158,24 @@ class RunLog:
         except Exception as error:
             self._give_up(error)
         self._accelerator.trackers = []  # they are finished; Accelerate's end_training would do it again
+
+
+def _on_one_line(text: str) -> str:
+    """``text`` with a space for what is no printable character: a young model also writes those that command a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _track_samples(tracker: GeneralTracker, step: int, texts: Sequence[tuple[str, str]]) -> None:
+    """A table for trackers that have tables (wandb, ClearML), else a text per prompt for those that have texts.
+
+    The others (MLflow, Aim, DVCLive, SwanLab) take only numbers, by Accelerate's methods, and get nothing.
+    """
+    if hasattr(tracker, "log_table"):
+        data = [[step, prompt, text] for prompt, text in texts]
+        tracker.log_table("samples", columns=["step", "prompt", "text"], data=data, step=step)  # type: ignore[attr-defined]
+    elif getattr(tracker, "name", "") in _TAKE_TEXT:
+        shown = [(prompt + text).replace("\n", "\n    ") for prompt, text in texts]  # indented: Markdown leaves it as it is
+        tracker.log({f"samples/{number}": f"    {text}" for number, text in enumerate(shown)}, step=step)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,13 +9,27 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from accel_pretrain.checkpoint import TrainState, find_newest, go_back, read_facts, read_state, resolve, restore, sweep
+from accel_pretrain.checkpoint import (
+    CheckpointConfig,
+    TrainState,
+    find_newest,
+    go_back,
+    read_facts,
+    read_model,
+    read_model_config,
+    read_state,
+    require_optimizer,
+    resolve,
+    restore,
+    sweep,
+)
 from accel_pretrain.config import Plan, RunConfig, Splits, make_plan, open_splits
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
@@ -59,7 +73,41 @@ def load_config(line: CommandLine) -> RunConfig:
         file = checkpoint / "config.yaml"
         here = Entry(str(checkpoint.parent), "--resume_from")  # the run may have been moved since it recorded its directory
         overrides = (("checkpoint.checkpoint_dir", here), *overrides)
-    return load(RunConfig, file, overrides)
+    config = load(RunConfig, file, overrides)
+    if config.checkpoint.init_from is None:
+        return config
+    shape = to_plain(read_model_config(find_origin(config.checkpoint)))
+    beneath = {f"model.{key}": Entry(value, str(config.checkpoint.init_from)) for key, value in shape.items()}
+    config = load(RunConfig, file, overrides, beneath)
+    refuse_other_shape(config, shape)
+    return config
+
+
+def find_origin(config: CheckpointConfig) -> Path:
+    """The checkpoint that ``init_from`` means; once the run has one of its own, that will do too."""
+    assert config.init_from is not None
+    try:
+        return resolve(config.init_from.expanduser())
+    except CheckpointError:
+        own = find_newest(config.checkpoint_dir)
+        if own is None:
+            raise
+        return own
+
+
+def refuse_other_shape(config: RunConfig, shape: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` where the config asks for another shape than that of the weights to begin with."""
+    now = to_plain(config.model)
+    free = {"dropout", "init_std", "zero_init", "context_length"}
+    problems = [
+        f"model.{key}: {config.checkpoint.init_from} has {shape[key]}, this config says {now[key]}"
+        for key in shape
+        if now[key] != shape[key] and key not in free
+    ]
+    if config.model.position == "learned" and now["context_length"] > shape["context_length"]:
+        problems.append(f"model.context_length: {config.checkpoint.init_from} has only {shape['context_length']} positions")
+    if problems:
+        raise ConfigError([*problems, "leave these out: the shape is the one of init_from"])
 
 
 def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
@@ -94,6 +142,9 @@ def assemble(
         plan = make_plan(config, splits, plan.world_size, read_state(checkpoint))
     seed_everything(config.training.seed)
     module = Transformer(config.model, plan.vocab_size)
+    origin = find_origin(config.checkpoint) if checkpoint is None and config.checkpoint.init_from is not None else None
+    if origin is not None:
+        begin_with(module, origin, splits)
     model, optimizer = accelerator.prepare(module, config.optimizer.build(module))
     state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
     if config.training.compile:
@@ -113,9 +164,23 @@ def assemble(
             world_size=plan.world_size, rank=accelerator.process_index,
         ),
     )  # fmt: skip
-    announce(run, state, checkpoint)
+    announce(run, state, checkpoint or origin)
     run.log.start_trackers(config.logging, to_plain(config))
     return run, state
+
+
+def begin_with(module: Transformer, origin: Path, splits: Splits) -> None:
+    """Copy the weights of a checkpoint into a new model; positions that it has no use for are left out."""
+    own, trained = origin / "tokenizer", splits.train.tokenizer
+    if own.is_dir() and trained and load_tokenizer(own).fingerprint != trained["fingerprint"]:
+        raise ConfigError(
+            f"data.train_data_path: made with the tokenizer {trained['name']}, but {origin} knows another; "
+            f"tokenize the text again: python -m prep.tokenize SRC... --tokenizer {own}"
+        )
+    weights = read_model(origin).state_dict()
+    if module.config.position == "learned":
+        weights["embed_positions.weight"] = weights["embed_positions.weight"][: module.config.context_length]
+    module.load_state_dict(weights)
 
 
 def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Plan, splits: Splits) -> Path | None:
@@ -169,6 +234,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
 
 def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: Path) -> None:
     """Refuse to go on with another model, data, order or optimizer; say which other settings have changed since."""
+    require_optimizer(checkpoint)
     saved, now = _flat_config(load(RunConfig, checkpoint / "config.yaml")), _flat_config(config)
     changed = {key: (saved[key], now[key]) for key in now if saved.get(key) != now[key]}
     fixed = ("optimizer.name", "data.sampling", "training.seed")
@@ -203,7 +269,7 @@ def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None) -> No
     say(f"Train data size: {plan.train_tokens:,} tokens\nValidation data size: {plan.val_tokens:,} tokens\n")
     say(f"Total parameters: {plan.parameters:,}\nTrainable parameters: {trainable:,}\n")
     if checkpoint is not None:
-        say(f"Resuming from {checkpoint}")
+        say(f"{'Resuming from' if state.step else 'Beginning with the weights of'} {checkpoint}")
     say(f"Starting training from iteration {state.step}...")
     say(describe_runtime(run.accelerator, run.config.training))
     say(

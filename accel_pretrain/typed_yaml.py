@@ -416,10 +416,18 @@ def _names_a_key(keys: _Keys, name: str) -> bool:
 # ------------------------------------------------------------------------------------------------------ values to config
 
 
-def load(cls: type[T], file: Path | None = None, overrides: Iterable[tuple[str, Entry]] = ()) -> T:
-    """Build ``cls`` from its defaults, then ``file``, then ``overrides``; the last one that names a key wins."""
+_NOTHING: Mapping[str, Entry] = {}
+
+
+def load(
+    cls: type[T],
+    file: Path | None = None,
+    overrides: Iterable[tuple[str, Entry]] = (),
+    beneath: Mapping[str, Entry] = _NOTHING,
+) -> T:
+    """Build ``cls`` from its defaults, then ``beneath``, ``file``, ``overrides``; the last one that names a key wins."""
     keys, problems = _Keys(cls), list[str]()
-    entries: dict[str, Entry] = {}
+    entries: dict[str, Entry] = dict(beneath)
     if file is not None:
         _flatten(keys, read_mapping(file), str(file), entries, problems)
     entries.update(overrides)
@@ -519,7 +527,9 @@ def reference(cls: type[Any]) -> str:
     """YAML with every key of ``cls``, its default and its documentation: the text of ``configs/reference.yaml``."""
     lines: list[str] = []
     for item, annotation in _fields(cls):
-        members = _members(annotation)
+        if not (members := _members(annotation)):
+            lines.append(_reference_line(item)[2:])
+            continue
         default = members[0] if len(members) == 1 else item.default_factory
         lines += ["", f"# {item.metadata['doc']}", f"{item.name}:"]
         shown = {own.name: own for own in dataclasses.fields(default)}  # type: ignore[arg-type]
@@ -527,7 +537,7 @@ def reference(cls: type[Any]) -> str:
         for member in members:
             if member is not default:
                 lines += _reference_of_choice(member, shown)
-    return "\n".join(lines[1:]) + "\n"
+    return "\n".join(lines).lstrip("\n") + "\n"
 
 
 def _reference_of_choice(member: type[Any], shown: Mapping[str, dataclasses.Field[Any]]) -> list[str]:

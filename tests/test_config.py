@@ -15,11 +15,17 @@ from accel_pretrain.typed_yaml import load, parse_command_line, reference, to_pl
 from tests.running import REPO
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
-GPT2_PARAMETERS = {
-    "gpt2_124m": 124_439_808,
-    "gpt2_355m": 354_823_168,
-    "gpt2_774m": 774_030_080,
-    "gpt2_1558m": 1_557_611_200,
+PUBLISHED_SIZES = {  # with the vocabulary that they were published with
+    "gpt2_124m": (50_257, 124_439_808),
+    "gpt2_355m": (50_257, 354_823_168),
+    "gpt2_774m": (50_257, 774_030_080),
+    "gpt2_1558m": (50_257, 1_557_611_200),
+    "llama3_1b": (128_256, 1_235_814_400),
+    "mistral_7b": (32_000, 7_241_732_096),
+    "qwen2_0.5b": (151_936, 494_032_768),
+    "qwen3_0.6b": (151_936, 596_049_920),
+    "gemma2_2b": (256_000, 2_614_341_888),
+    "gemma3_270m": (262_144, 268_098_176),
 }
 
 
@@ -58,9 +64,10 @@ def test_every_config_plans(path: Path):
     assert plan.max_iters > plan.warmup_iters
 
 
-@pytest.mark.parametrize(("name", "parameters"), GPT2_PARAMETERS.items())
-def test_gpt2_has_the_published_sizes(name: str, parameters: int):
-    data = split(largest=50_256, vocab_size=50_257)
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_shapes_have_the_published_sizes(name: str):
+    vocab_size, parameters = PUBLISHED_SIZES[name]
+    data = split(largest=vocab_size - 1, vocab_size=vocab_size)
     assert make_plan(load(RunConfig, REPO / "configs" / f"{name}.yaml"), Splits(data, data), 1).parameters == parameters
 
 

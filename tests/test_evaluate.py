@@ -23,10 +23,11 @@ from accelerate.state import AcceleratorState, GradientState
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState, load_model, publish, write_model_description
 from accel_pretrain.config import RunConfig
 from accel_pretrain.data import DataConfig
-from accel_pretrain.evaluate import main
+from accel_pretrain.errors import CheckpointError, DataError
+from accel_pretrain.evaluate import find_tokenizer, main
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.shards import Manifest, ShardWriter, write_manifest
-from accel_pretrain.tokenizer import ByteTokenizer
+from accel_pretrain.tokenizer import GPT2_PATTERN, BpeTokenizer, ByteTokenizer
 from accel_pretrain.typed_yaml import to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,8 +244,19 @@ def test_what_is_missing_or_means_nothing_is_one_line(place: Place, tmp_path: Pa
         assert message.count("\n") == 1
 
 
+def test_a_tokenizer_for_a_model_without_one(place: Place, tmp_path: Path):
+    assert find_tokenizer("bytes", tmp_path, place.model).fingerprint == ByteTokenizer().fingerprint
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        find_tokenizer(None, tmp_path, place.model)
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ca": 256, b"cat": 257}
+    BpeTokenizer("large", ranks, GPT2_PATTERN).save(tmp_path / "large")
+    with pytest.raises(DataError, match="large has 259 ids, the model knows 257"):
+        find_tokenizer(str(tmp_path / "large"), tmp_path, place.model)
+
+
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
     assert main(["-h"]) == 0
     shown = capsys.readouterr().out
-    keys = "checkpoint data split dtype context_length batch_size eval_iters device mixed_precision xz json"
+    keys = "checkpoint data split dtype tokenizer context_length batch_size eval_iters device mixed_precision xz json"
+    keys += " tasks task_path num_fewshot limit bootstrap_iters"
     assert all(f"  {key}: " in shown for key in keys.split())

@@ -21,7 +21,7 @@ from accel_pretrain.runtime import StopSignal
 from accel_pretrain.schedule import Cosine
 from accel_pretrain.shards import open_split
 from accel_pretrain.validation import EvalResult
-from tests.running import Train, assert_same_bits, losses, newest, rows, stdlib_text, write_dataset
+from tests.running import TINY, Train, assert_same_bits, losses, newest, rows, run_processes, stdlib_text, write_dataset
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -182,7 +182,7 @@ def test_bad_updates_that_are_not_in_a_row_do_not(run_train: Train, tmp_path: Pa
     [
         ("--eval_interval", "1"),
         ("--log_interval", "4"),
-        ("--sample_interval", "1", "--sample_tokens", "3"),
+        ("--sample_interval", "1", "--sample_tokens", "3", "--sample_prompts", "[def, '']", "--sample_temperature", "1.5"),
         ("--checkpoint_interval", "1"),
     ],
     ids=lambda options: options[0],
@@ -192,6 +192,18 @@ def test_looking_changes_no_bit(run_train: Train, tmp_path: Path, looking: tuple
     for name, options in (("plain", ()), ("watched", looking)):
         assert run_train(tmp_path / name, "--max_iters", "5", "--dropout", "0.1", *options) == 0
     assert_same_bits(newest(tmp_path / "plain"), newest(tmp_path / "watched"))
+
+
+def test_one_of_two_processes_samples_and_no_bit_changes(dataset: Path, tmp_path: Path) -> None:
+    """The other one goes on, and waits at the next exchange of gradients: neither asks the other for anything meanwhile."""
+    words = ["--train_data_path", str(dataset), *TINY, "--max_iters", "5", "--dropout", "0.1"]
+    looking = ("--sample_interval", "2", "--sample_tokens", "40", "--sample_prompts", "[def, class]")
+    for name, options in (("plain", ()), ("watched", looking)):
+        done = run_processes([*words, "--checkpoint_dir", str(tmp_path / name), *options], processes=2)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Sample at iteration 4: def") == (name == "watched")
+    assert_same_bits(newest(tmp_path / "plain"), newest(tmp_path / "watched"))
+    assert losses(tmp_path / "plain") == losses(tmp_path / "watched")
 
 
 def test_control_other_dropout_masks_change_the_bits(run_train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -268,13 +280,33 @@ def test_without_save_best_only_the_interval_counts(run_train: Train, tmp_path: 
     assert kept(tmp_path) == [2, 4]
 
 
-def test_samples_are_shown_and_recorded(run_train: Train, tmp_path: Path, capsys: Capture) -> None:
+def test_samples_are_shown_and_recorded_and_once_more_at_the_end(run_train: Train, tmp_path: Path, capsys: Capture) -> None:
     options = ("--max_iters", "5", "--sample_interval", "2", "--sample_tokens", "3", "--sample_prompt", "def ")
     assert run_train(tmp_path, *options) == 0
     found = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["prompt"]) for row in found] == [(2, "def "), (4, "def ")]
+    assert [(row["step"], row["prompt"]) for row in found] == [(2, "def "), (4, "def "), (5, "def ")]
     assert all(len(row["text"]) <= 3 for row in found)
     assert "Sample at iteration 4: def " in capsys.readouterr().out
+    assert run_train(tmp_path / "even", *options, "--max_iters", "4") == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "even" / "samples.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]  # the last is not shown twice
+
+
+def test_samples_are_drawn_as_told(run_train: Train, tmp_path: Path) -> None:
+    texts = {}
+    for name, options in (("greedy", ("--sample_temperature", "0")), ("seed", ()), ("hot", ("--sample_temperature", "100"))):
+        prompts = ("--sample_prompts", "[a, a]", "--sample_interval", "20", "--sample_tokens", "30")
+        assert run_train(tmp_path / name, "--max_iters", "20", *prompts, *options) == 0
+        texts[name] = [json.loads(line)["text"] for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+    assert all(one == other for one, other in texts.values())  # a prompt is a prompt
+    assert len({one for one, _ in texts.values()}) == 3
+    assert len(set(texts["greedy"][0])) < 5 < len(set(texts["hot"][0]))
+
+
+def test_a_model_that_cannot_speak_costs_a_line(run_train: Train, tmp_path: Path, capsys: Capture) -> None:
+    assert run_train(tmp_path, "--max_iters", "3", "--sample_interval", "1", "--init_std", "3e38") == 0
+    assert "No sample at iteration 2: the model's logits are not finite" in capsys.readouterr().out
+    assert not (tmp_path / "samples.jsonl").exists() or (tmp_path / "samples.jsonl").read_text() == ""
 
 
 def test_the_last_evaluation_is_final(run_train: Train, tmp_path: Path) -> None:

@@ -86,6 +86,42 @@ def test_other_special_tokens_keep_their_ids(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).decode([266, 300]) == "<pad>"
 
 
+def test_another_end_of_text(tmp_path: Path) -> None:
+    tokenizer = BpeTokenizer("s", RANKS, GPT2_PATTERN, {END_OF_TEXT: 266, "<|end|>": 267}, eot="<|end|>")
+    assert (tokenizer.eot_id, tokenizer.encode_document("").tolist()) == (267, [267])
+    assert tokenizer.decode([266, 267]) == END_OF_TEXT
+    tokenizer.save(tmp_path)
+    assert (load_tokenizer(tmp_path).eot_id, load_tokenizer(tmp_path).fingerprint) == (267, tokenizer.fingerprint)
+    assert tokenizer.fingerprint != BpeTokenizer("s", RANKS, GPT2_PATTERN, {END_OF_TEXT: 266, "<|end|>": 267}).fingerprint
+    assert BpeTokenizer("s", RANKS, GPT2_PATTERN, eot="<|end|>").eot_id == 266
+    with pytest.raises(DataError, match=r"has no <\|end\|> token"):
+        BpeTokenizer("s", RANKS, GPT2_PATTERN, {END_OF_TEXT: 266}, eot="<|end|>")
+
+
+def test_fingerprints_are_what_they_were_in_version_0_1(tmp_path: Path) -> None:
+    """Datasets and checkpoints name them: they must never change."""
+    assert BPE.fingerprint == "8693fc5de11389ce280c13d42cc307077dbe321d07cd79c9e4ae05f1454998da"
+    assert ByteTokenizer().fingerprint == "74c98db234b3da5f9c470caba37f6c8ec5ca2fd6718fb023660a7c7642138b30"
+    BPE.save(tmp_path)
+    assert list(json.loads((tmp_path / "spec.json").read_text())) == [
+        "kind",
+        "name",
+        "pattern",
+        "special_tokens",
+        "fingerprint",
+    ]
+
+
+def test_a_special_token_among_the_ranks_survives_saving(tmp_path: Path) -> None:
+    """p50k_base has its end of text in the middle."""
+    ranks = {token: rank + (rank >= 260) for token, rank in RANKS.items()}
+    tokenizer = BpeTokenizer("gap", ranks, GPT2_PATTERN, {END_OF_TEXT: 260})
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode_document("the er").tolist() == tokenizer.encode_document("the er").tolist()
+    with pytest.raises(DataError, match="ranks must be 0, 1, 2"):  # but a bare file of ranks says nothing of what is left out
+        load_tokenizer(tmp_path / "ranks.tiktoken")
+
+
 @pytest.mark.parametrize("changed", ["pattern", "special_tokens", "ranks", "fingerprint"])
 def test_a_changed_folder_is_refused(tmp_path: Path, changed: str) -> None:
     BPE.save(tmp_path)

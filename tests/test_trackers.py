@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from accelerate.tracking import GeneralTracker
 
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.trackers import LoggingConfig, RunLog
-from tests.running import Train, newest, rows
+from tests.running import REPO, TINY, Train, environment, launch, newest, rows
 
 
 class Recorder(GeneralTracker):
@@ -48,6 +51,13 @@ class Recorder(GeneralTracker):
 
     def finish(self) -> None:
         self._call("finish")
+
+
+class TableRecorder(Recorder):
+    """One that has tables."""
+
+    def log_table(self, table_name: str, columns: list[str], data: list[list[Any]], step: int) -> None:
+        self._call("log_table", (table_name, columns, data), step)
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -113,3 +123,95 @@ def test_a_line_that_nobody_reads_does_not_end_the_run(tmp_path: Path, monkeypat
         log.line("Iter 1")
         log.line("Iter 2")
         log.close()
+
+
+# -------------------------------------------------------------------------------------------------------------- samples
+
+SAMPLES = ("--max_iters", "3", "--sample_interval", "2", "--sample_tokens", "5", "--sample_prompts", "[class A, '    x = 1,']")
+
+
+def recorded(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_samples_go_to_the_file_the_terminal_and_tables(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables, plain = TableRecorder(), Recorder()
+    monkeypatch.setattr(LoggingConfig, "tracker_names", [tables, plain])
+    assert run_train(tmp_path, *SAMPLES) == 0
+    found = recorded(tmp_path)
+    assert [(row["step"], row["prompt"]) for row in found][:2] == [(2, "class A"), (2, "    x = 1,")]
+    assert all(row["text"] for row in found)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Sample at iteration ")]
+    assert [line.partition(": ")[0] for line in shown] == [f"Sample at iteration {row['step']}" for row in found]
+    assert all(line.partition(": ")[2].startswith(row["prompt"]) for line, row in zip(shown, found, strict=True))
+    logged = {step: values for method, values, step in tables.calls if method == "log_table"}
+    assert logged == {
+        step: ("samples", ["step", "prompt", "text"], [list(row.values()) for row in found if row["step"] == step])
+        for step in {row["step"] for row in found}
+    }
+    assert not any("samples" in str(values) for method, values, _ in plain.calls if method == "log")
+
+
+def test_a_tracker_that_fails_at_samples_is_dropped_alone(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, whole = TableRecorder(fails_in="log_table"), TableRecorder()
+    monkeypatch.setattr(LoggingConfig, "tracker_names", [broken, whole])
+    assert run_train(tmp_path, *SAMPLES) == 0
+    assert warnings_of(caplog) == ["tracker recorder failed and gets no more metrics: no network in log_table"]
+    assert broken.calls[-1][0] == "log_table"
+    assert [method for method, _, _ in whole.calls].count("log") == 4
+    assert whole.calls[-1][0] == "finish"
+    assert len(recorded(tmp_path)) >= 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_gets_texts(run_train: Train, tmp_path: Path) -> None:
+    reason = "pip install 'accel_pretrain[track]'"
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason=reason)
+    assert run_train(tmp_path, *SAMPLES, "--trackers", "tensorboard") == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "transformer-lm")).Reload()
+    for number, prompt in enumerate(("class A", "    x = 1,")):
+        [first, *_] = events.Tensors(f"samples/{number}/text_summary")
+        text = next(row["text"] for row in recorded(tmp_path) if row["prompt"] == prompt)
+        assert first.step == 2
+        assert first.tensor_proto.string_val[0].decode() == "    " + (prompt + text).replace("\n", "\n    ")
+
+
+def test_wandb_gets_a_table(dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="pip install 'accel_pretrain[track]'")
+    words = ["--train_data_path", str(dataset), "--checkpoint_dir", str(tmp_path / "run"), *TINY, *SAMPLES, "--use_wandb"]
+    away = {"WANDB_MODE": "offline", "WANDB_CONFIG_DIR": str(tmp_path / "home"), "WANDB_CACHE_DIR": str(tmp_path / "home")}
+    done = subprocess.run(
+        launch(words), env=environment(**away, WANDB_SILENT="true", WANDB_DATA_DIR=str(tmp_path / "home")), cwd=REPO,
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    tables = sorted((tmp_path / "run").glob("wandb/offline-run-*/files/media/table/samples*.json"))
+    data = [row for path in tables for row in json.loads(path.read_text())["data"]]
+    assert sorted(map(tuple, data)) == sorted((row["step"], row["prompt"], row["text"]) for row in recorded(tmp_path / "run"))
+    assert len(data) >= 2
+
+
+def test_a_sample_commands_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it end a run on a terminal that has no such character; the file holds what was written."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    log = RunLog(Accelerator(cpu=True), tmp_path, step=0, total=9)
+    log.samples(7, [("a\nb", "\x1b[31m\té\r\u2028.")])
+    log.close()
+    shown.seek(0)
+    assert shown.read() == "Sample at iteration 7: a b [31m ?  .\n"
+    assert recorded(tmp_path) == [{"step": 7, "prompt": "a\nb", "text": "\x1b[31m\té\r\u2028."}]
+
+
+def test_prompts_are_one_or_several() -> None:
+    assert LoggingConfig().prompts == ("",)
+    assert LoggingConfig(sample_prompt="a, b").prompts == ("a, b",)
+    assert LoggingConfig(sample_prompts=("a", "")).prompts == ("a", "")
+    with pytest.raises(ConfigError) as caught:
+        LoggingConfig(sample_prompt="a", sample_prompts=("b",), sample_temperature=-1.0)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["sample_temperature", "sample_prompts"]
