@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from accel_pretrain.generate import SamplingConfig, generate_batch
 from accel_pretrain.hf.convert import links_by_ours, read_ours
 from accel_pretrain.hf.families import FAMILIES
 from accel_pretrain.hf.family import Family, names_of
@@ -130,6 +131,7 @@ def test_logits_equal_those_of_transformers(shape: str, dtype: torch.dtype, bar:
     with precision(dtype), torch.no_grad():
         model = theirs(shape)
         own = ours(shape, model)
+        expected = torch.empty(0)
         for length in (*range(1, 12), 17, T):
             expected, logits = model(tokens(length)).logits, own(tokens(length))
             assert logits.dtype == dtype
@@ -148,15 +150,16 @@ def test_gradients_equal_those_of_transformers(shape: str):
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     sizes = {name: tuple(parameter.shape) for name, parameter in own.named_parameters()}
     links = links_by_ours(family_of(shape).links(own.config, list(sizes)), sizes)
+    worst, coarse = 0.0, 0.0
     for name, parameter in own.named_parameters():
         expected = read_ours(name, links, sizes, gradients.__getitem__)
         assert parameter.grad is not None
-        # a shift of all keys changes no softmax: the gradient of that bias is rounding, of nothing
-        floor = 1e-6 if name.endswith("k_proj.bias") else 0.0
-        assert (parameter.grad - expected).norm() <= 1e-5 * expected.norm() + floor, name
-    assert (
-        parameter.grad * 1.0001 - expected
-    ).norm() > 1e-5 * expected.norm()  # control: the bar sees one part in ten thousand
+        if name.endswith("k_proj.bias"):  # a shift of all keys changes no softmax: this gradient is rounding, of nothing
+            assert (parameter.grad - expected).norm() <= 1e-6
+            continue
+        worst = max(worst, ((parameter.grad - expected).norm() / expected.norm()).item())
+        coarse = max(coarse, ((parameter.grad * 1.0001 - expected).norm() / expected.norm()).item())
+    assert 0 <= worst <= 1e-5 < coarse  # control: the bar sees one part in ten thousand
 
 
 @shapes
@@ -188,6 +191,6 @@ def test_cached_logits_equal_uncached_ones_in_padded_batches(shape: str):
         control = own(tokens_BT, cache=unaware)
         for b, padding in enumerate(padding_B.tolist()):
             alone = own(tokens_BT[b : b + 1, padding:])[0]
-            assert (cached[b, padding:] - alone).abs().max() <= 1e-5 * max(1.0, alone.abs().max().item())
+            assert (cached[b, padding:] - alone).abs().max() <= 1e-5
             if padding:
                 assert (control[b, padding:] - alone).abs().max() > 0.01  # control: padding that is not told of is seen

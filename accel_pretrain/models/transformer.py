@@ -153,10 +153,13 @@ class Transformer(nn.Module):
             cache.advance(tokens_BT.shape[1])
         if last_only:
             x_BTD = x_BTD[:, -1:]
-        logits_BTV = F.linear(self.norm(x_BTD), self.output_matrix)
+        logits_BTV = self.unembed(self.norm(x_BTD))
         if config.logit_softcap is not None:
             logits_BTV = config.logit_softcap * torch.tanh(logits_BTV / config.logit_softcap)
         return logits_BTV if targets_BT is None else next_token_loss(logits_BTV, targets_BT)
+
+    def unembed(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_BTD, self.output_matrix)
 
     def _look(self, tokens_BT: torch.Tensor, cache: KVCache | None) -> tuple[slice | torch.Tensor, tuple[View, View]]:
         """Where the new tokens stand, and what full and sliding layers see from there."""
