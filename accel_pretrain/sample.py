@@ -21,9 +21,8 @@ import torch
 
 from accel_pretrain.checkpoint import read_model, read_tokenizer, resolve
 from accel_pretrain.errors import CheckpointError, ConfigError, refuse, reported
-from accel_pretrain.generate import SamplingConfig, generate
+from accel_pretrain.generate import SamplingConfig, generator_for, streams
 from accel_pretrain.models import Transformer
-from accel_pretrain.permutation import key_of
 from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import CommandLine, load, option, parse_command_line, reference, section
 
@@ -46,11 +45,16 @@ class SourceConfig:
     prompt: str | None = option(None, "text to continue; -: standard input; null: a new document")
     prompt_file: Path | None = option(None, "a file of text to continue, exactly as it is")
     num_samples: int = option(1, "continuations of every prompt")
+    batch_size: int = option(8, "continuations that are generated together; they are still shown one after the other")
     tokenizer: str | None = option(None, "for a run on a bare file of ids; null: the run's own")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights; bfloat16: half the memory, other roundings")
 
     def __post_init__(self) -> None:
-        refuse((self.num_samples < 1, f"num_samples: must be at least 1, got {self.num_samples}"))
+        refuse(
+            (self.num_samples < 1, f"num_samples: must be at least 1, got {self.num_samples}"),
+            (self.batch_size < 1, f"batch_size: must be at least 1, got {self.batch_size}"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +82,18 @@ def sample(config: SampleConfig, prompts: Sequence[str]) -> int:
     """Continue every prompt ``num_samples`` times, on standard output; returns the exit code."""
     model, tokenizer = load_for_sampling(config.source)
     device = choose_device(config.source.device)
+    if config.source.dtype == "bfloat16":
+        model.bfloat16().make_tables()  # the rotary angles stay as they are
     model.to(device)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    wanted = list(itertools.product(prompts, range(config.source.num_samples)))
     tokens, began = 0, time.perf_counter()
     try:
-        for number, (prompt, repeat) in enumerate(itertools.product(prompts, range(config.source.num_samples))):
-            write(f"{RULE}\n" if number else "")
-            tokens += write_sample(model, tokenizer, prompt, config.sampling, repeat)
+        for begin in range(0, len(wanted), config.source.batch_size):
+            write(f"{RULE}\n" if begin else "")
+            batch = wanted[begin : begin + config.source.batch_size]
+            tokens += write_samples(model, tokenizer, batch, config.sampling)
     except KeyboardInterrupt:
         write("\n")
         return 130
@@ -100,24 +108,33 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def write_sample(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig, repeat: int) -> int:
-    """Write a prompt and its continuation, piece by piece; returns how many tokens the continuation has.
+def write_samples(
+    model: Transformer, tokenizer: Tokenizer, samples: Sequence[tuple[str, int]], sampling: SamplingConfig
+) -> int:
+    """Write each prompt and its continuation, piece by piece as it comes; returns how many tokens the continuations have.
 
-    The draws depend on the seed, the prompt, and ``repeat``, the sample's number among those of the prompt: on no other sample.
+    ``samples`` are pairs of a prompt and a number among the samples of that prompt. The draws depend on the seed, the prompt
+    and that number: on no other sample.
     """
-    ids = [int(id) for id in tokenizer.encode(prompt)] or [tokenizer.eot_id]
-    if len(ids) > model.config.context_length and repeat == 0:
-        seen = f"the model sees the last {model.config.context_length} of its {len(ids):,} tokens"
-        print(f"the prompt is longer than the context: {seen}", file=sys.stderr)
-    generator = torch.Generator().manual_seed(key_of(sampling.seed, repeat, *ids))
-    new_ids = generate(model, ids, sampling, vocab_size=tokenizer.vocab_size, stop_id=tokenizer.eot_id, generator=generator)
-    write(prompt)
-    pieces = 0
-    for text in decode_stream(tokenizer, new_ids):
-        write(text)
-        pieces += 1
-    write("\n")
-    return pieces - 1  # the last piece comes after the last token
+    prompts = [[int(id) for id in tokenizer.encode(prompt)] or [tokenizer.eot_id] for prompt, _ in samples]
+    longest = model.config.context_length
+    for ids, (_, repeat) in zip(prompts, samples, strict=True):
+        if len(ids) > longest and repeat == 0:
+            seen = f"the model sees the last {longest} of its {len(ids):,} tokens"
+            print(f"the prompt is longer than the context: {seen}", file=sys.stderr)
+    generators = [generator_for(ids, sampling.seed, repeat) for ids, (_, repeat) in zip(prompts, samples, strict=True)]
+    continuations = streams(
+        model, prompts, sampling, vocab_size=tokenizer.vocab_size, stop_id=tokenizer.eot_id, generators=generators
+    )
+    tokens = 0
+    for number, ((prompt, _), new_ids) in enumerate(zip(samples, continuations, strict=True)):
+        write(f"{RULE}\n{prompt}" if number else prompt)
+        for text in decode_stream(tokenizer, new_ids):
+            write(text)
+            tokens += 1
+        tokens -= 1  # the last piece comes after the last token
+        write("\n")
+    return tokens
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -1,18 +1,27 @@
-"""Drawing tokens: filters on hand-made logits, the cache, what happens when the context is full, and what is never drawn."""
+"""Drawing tokens: filters against hand-made cases and transformers' own; and one sequence.
+
+:mod:`tests.test_generate_batch` has many sequences at once.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from accel_pretrain.errors import ConfigError, PretrainError
-from accel_pretrain.generate import SamplingConfig, generate, probabilities
+from accel_pretrain.generate import (
+    SamplingConfig,
+    draw,
+    generate,
+    penalized,
+    probabilities,
+)
 from accel_pretrain.models import ModelConfig, Transformer
-from accel_pretrain.models.kv_cache import KVCache
 
 CONTEXT = 16
 PROMPT = [3, 1, 4, 1, 5]
@@ -99,6 +108,65 @@ def test_top_k_comes_before_top_p():
     assert kept(logits, top_p=0.55) == [0, 1]
 
 
+@pytest.mark.parametrize(("p", "expected"), [(0.0, [0, 1, 2, 3]), (0.5, [0, 2]), (0.61, [2]), (0.31, [0, 2]), (1.0, [2])])
+def test_min_p_keeps_what_is_likely_beside_the_likeliest(p: float, expected: list[int]):
+    assert kept(torch.tensor([0.30, 0.15, 0.50, 0.05]).log(), min_p=p) == expected
+
+
+def test_the_repetition_penalty_lowers_seen_tokens_on_both_sides_of_zero():
+    seen = torch.tensor([True, True, False, False])
+    assert penalized(torch.tensor([2.0, -2.0, 2.0, -2.0]), seen, 2.0).tolist() == [1.0, -4.0, 2.0, -2.0]
+    assert penalized(torch.tensor([2.0, -2.0, 2.0, -2.0]), seen, 0.5).tolist() == [4.0, -1.0, 2.0, -2.0]
+
+
+SETTINGS = [
+    {"temperature": 0.7}, {"temperature": 1.5, "top_k": 10}, {"top_p": 0.9}, {"top_p": 0.05}, {"min_p": 0.1}, {"min_p": 0.9},
+    {"repetition_penalty": 1.3}, {"repetition_penalty": 0.8, "top_k": 3},
+    {"repetition_penalty": 1.2, "temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_filters_equal_those_of_transformers(settings: dict[str, Any]):
+    """In their order: what their ``generate`` would build for these settings, on the same logits and tokens."""
+    transformers = pytest.importorskip("transformers")
+    generator = torch.Generator().manual_seed(0)
+    logits_BV = 3 * torch.randn(5, 500, generator=generator, dtype=torch.float64)
+    tokens_BT = torch.randint(0, 500, (5, 200), generator=generator)
+    options: dict[str, Any] = {"temperature": 1.0, **settings}
+    sampling = SamplingConfig(**options)
+    theirs_BV = logits_BV
+    for name, argument in (
+        ("RepetitionPenaltyLogitsProcessor", sampling.repetition_penalty), ("TemperatureLogitsWarper", sampling.temperature),
+        ("TopKLogitsWarper", sampling.top_k), ("TopPLogitsWarper", sampling.top_p), ("MinPLogitsWarper", sampling.min_p),
+    ):  # fmt: skip
+        if argument is not None:
+            theirs_BV = getattr(transformers, name)(argument)(tokens_BT, theirs_BV)
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(1, tokens_BT, True)
+    ours_BV = probabilities(penalized(logits_BV, seen_BV, sampling.repetition_penalty), sampling)
+    torch.testing.assert_close(ours_BV, theirs_BV.softmax(-1))
+    assert torch.equal(ours_BV > 0, theirs_BV > -torch.inf)
+    for key in settings:  # controls: each filter alone makes a difference
+        default = replace(sampling, **{key: SamplingConfig.__dataclass_fields__[key].default})
+        other_BV = probabilities(penalized(logits_BV, seen_BV, default.repetition_penalty), default)
+        assert not torch.allclose(other_BV, ours_BV)
+
+
+def test_a_row_has_the_same_chances_beside_other_rows():
+    logits_BV = 3 * torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
+    sampling = SamplingConfig(temperature=1.0, top_k=100, top_p=0.7, min_p=0.01)
+    together = probabilities(logits_BV, sampling)
+    torch.testing.assert_close(together, torch.stack([probabilities(logits_V, sampling) for logits_V in logits_BV]))
+    assert len({int(count) for count in (together > 0).sum(-1)}) > 1
+
+
+def test_a_draw_never_hits_what_has_no_chance():
+    logits = torch.full((20_000, 8), -torch.inf)
+    logits[:, 3] = logits[:, 5] = 0.0
+    tokens = draw(logits, SamplingConfig(temperature=1.0), [torch.Generator().manual_seed(0)] * 20_000)
+    assert set(tokens.tolist()) == {3, 5}
+
+
 def test_temperature_zero_takes_the_first_of_the_most_likely():
     assert probabilities(torch.tensor([0.0, 3.0, 3.0]), SamplingConfig(temperature=0)).tolist() == [0, 1, 0]
 
@@ -109,31 +177,21 @@ def test_a_tiny_temperature_does_not_overflow(temperature: float):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"top_p": 0.0}, {"top_p": 1.1}, {"top_k": 0}, {"temperature": -1.0}, {"max_new_tokens": 0}, {"seed": -1}]
-)
+    "settings",
+    [
+        {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": 0}, {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0.0},
+        {"temperature": -1.0}, {"max_new_tokens": 0}, {"seed": -1},
+    ],
+)  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, float]):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         SamplingConfig(**settings)  # type: ignore[arg-type]
 
 
-class ConstantModel:
-    """Stands in for a Transformer; every next token has the same logits."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        self.config, self.output_matrix, self.logits = ModelConfig(context_length=8), logits, logits
-
-    def new_cache(self) -> KVCache:
-        return KVCache(1, 8)
-
-    def __call__(self, tokens_BT: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        return self.logits.expand(1, tokens_BT.shape[1], -1)
-
-
 def test_drawn_tokens_are_as_frequent_as_they_should_be():
     logits, draws = torch.tensor([0.2, 1.0, -0.5, 0.9, 2.0, -3.0, 0.0, 0.4]), 5000
-    sampling = SamplingConfig(max_new_tokens=draws, temperature=1.3, top_k=6, seed=1)
-    drawn = list(generate(cast(Transformer, ConstantModel(logits)), [0], sampling))
-    counts = torch.tensor(drawn).bincount(minlength=8).double()
+    sampling, generator = SamplingConfig(temperature=1.3, top_k=6), torch.Generator().manual_seed(1)
+    counts = draw(logits.expand(draws, -1), sampling, [generator] * draws).bincount(minlength=8).double()
 
     def chi_square(sampling: SamplingConfig) -> float:
         expected = draws * probabilities(logits, sampling)
@@ -159,18 +217,6 @@ def test_the_seed_decides_the_text():
     model = make_model()
     texts = [list(generate(model, PROMPT, SamplingConfig(max_new_tokens=20, seed=seed))) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-
-
-@pytest.mark.parametrize("position", ["rope", "learned"])
-def test_cached_logits_equal_recomputed_ones(position: str):
-    model = make_model(position)
-    tokens = torch.randint(0, 32, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        whole, cache = model(tokens), model.new_cache()
-        pieces = torch.cat([model(part, cache=cache) for part in tokens.split([5, 1, 1, 3, 1, 5], dim=1)], dim=1)
-        forgetful = torch.cat([model(part) for part in tokens.split([5, 1, 1, 3, 1, 5], dim=1)], dim=1)
-    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
-    assert float((forgetful - whole).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])

@@ -125,6 +125,26 @@ def test_the_seed_decides_the_text_and_other_samples_do_not(run_dir: Path, capsy
     assert len(set(together)) == 4
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_how_many_are_generated_together_changes_nothing(run_dir: Path, batch_size: int, capsys: pytest.CaptureFixture[str]):
+    """Prompts and texts of several lengths, some of them beyond the context."""
+    prompts = ("--prompt", "hello", "--prompt", "é", "--prompt", "much longer than the others are")
+    words = ("--checkpoint", run_dir, *prompts, "--num_samples", 2, "--max_new_tokens", 40)
+    text = sampled(capsys, *words, "--batch_size", batch_size)
+    assert text.count(f"{RULE}\n") == 5
+    assert text == sampled(capsys, *words, "--batch_size", 6)
+    assert text != sampled(capsys, *words, "--seed", 1)
+
+
+def test_filters_and_bfloat16_are_options(run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    words = ("--checkpoint", run_dir, "--temperature", 0)
+    assert sampled(capsys, *words, "--dtype", "bfloat16") == f"{TEXT}\n"
+    assert sampled(capsys, "--checkpoint", run_dir, "--min_p", 1) == f"{TEXT}\n"
+    words = ("--checkpoint", run_dir, "--temperature", 1, "--prompt", "日é")
+    assert sampled(capsys, *words) == "日é日🙂\n"
+    assert not sampled(capsys, *words, "--repetition_penalty", 1e9).startswith("日é日")
+
+
 def test_a_prompt_that_means_null_elsewhere_is_text_here(run_dir: Path, capsys: pytest.CaptureFixture[str]):
     assert sampled(capsys, "--checkpoint", run_dir, "--prompt", "null", "--max_new_tokens", 1).startswith("null")
 
@@ -139,7 +159,8 @@ def test_a_prompt_longer_than_the_context_says_so(run_dir: Path, capsys: pytest.
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    keys = "checkpoint prompt prompt_file num_samples tokenizer device max_new_tokens temperature top_k top_p seed"
+    keys = "checkpoint prompt prompt_file num_samples batch_size tokenizer device dtype max_new_tokens"
+    keys += " temperature top_k top_p min_p repetition_penalty seed"
     assert all(f"  {key}: " in shown for key in keys.split())
 
 
@@ -186,6 +207,9 @@ def test_what_is_missing_or_empty_is_one_line(run_dir: Path, tmp_path: Path, cap
         (*good, "--temprature", 1): "did you mean sampling.temperature?",
         (*good, "--top_p", 0): "top_p: must be above 0",
         (*good, "--num_samples", 0): "num_samples",
+        (*good, "--batch_size", 0): "batch_size",
+        (*good, "--min_p", 2): "min_p: must be",
+        (*good, "--dtype", "float8"): "float32 | bfloat16",
         (*good, "--device", "tpu"): "auto | cuda | mps | cpu",
     }
     for words, expected in cases.items():

@@ -91,9 +91,9 @@ class Attention(nn.Module):
         self.value_embedding = ValueEmbedding(config, vocab_size) if config.embeds_values(layer) else None
 
     def forward(self, x_BTD: torch.Tensor, tokens_BT: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
-        q_BHTE = self.q_norm(self._heads(self.q_proj(x_BTD)))
-        k_BGSE = self.k_norm(self._heads(self.k_proj(x_BTD)))
-        v_BGSE = self._heads(self.v_proj(x_BTD))
+        q_BTX, k_BTX, v_BTX = self.project(x_BTD)
+        q_BHTE, k_BGSE = self.q_norm(self._heads(q_BTX)), self.k_norm(self._heads(k_BTX))
+        v_BGSE = self._heads(v_BTX)
         if self.value_embedding is not None:
             v_BGSE = v_BGSE + self._heads(self.value_embedding(x_BTD, tokens_BT)).to(v_BGSE.dtype)
         if view.rope is not None:
@@ -103,6 +103,10 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         out_BHTE = attend(q_BHTE, k_BGSE, v_BGSE, view, scale=self.scale, softcap=self.softcap, dropout=dropout)
         return self.o_proj(out_BHTE.transpose(1, 2).flatten(2))
+
+    def project(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, all heads side by side."""
+        return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
 
     def _heads(self, x_BTX: torch.Tensor) -> torch.Tensor:
         return x_BTX.unflatten(2, (-1, self.head_width)).transpose(1, 2)

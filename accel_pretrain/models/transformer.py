@@ -159,6 +159,7 @@ class Transformer(nn.Module):
         return logits_BTV if targets_BT is None else next_token_loss(logits_BTV, targets_BT)
 
     def unembed(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Logits, before a soft cap, of what the last norm gives."""
         return F.linear(x_BTD, self.output_matrix)
 
     def _look(self, tokens_BT: torch.Tensor, cache: KVCache | None) -> tuple[slice | torch.Tensor, tuple[View, View]]:
