@@ -14,11 +14,12 @@ import torch
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState
 from accel_pretrain.data import DataConfig, Windows
 from accel_pretrain.errors import ConfigError
+from accel_pretrain.mixture import open_data, paths_of
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.optim import AdamW, Optimizer
 from accel_pretrain.runtime import TrainingConfig
 from accel_pretrain.schedule import Cosine, Schedule
-from accel_pretrain.shards import TokenSplit, open_split
+from accel_pretrain.shards import TokenSplit, splits_in
 from accel_pretrain.trackers import LoggingConfig
 from accel_pretrain.typed_yaml import section
 from accel_pretrain.validation import EvaluationConfig
@@ -50,13 +51,13 @@ def open_splits(config: DataConfig) -> Splits:
     """Open training and validation data; raises DataError, or ConfigError when no path was given."""
     if config.train_data_path is None:
         raise ConfigError("data.train_data_path: not given; type --train_data_path DIR (a folder made by prep.tokenize)")
-    train = open_split(config.train_data_path, "train", config.dtype)
+    train = open_data(config.train_data_path, "train", config.dtype, mixed=True)
     val_path = config.val_data_path
     if val_path is None:
-        if not config.train_data_path.is_dir():
-            raise ConfigError("data.val_data_path: not given; a bare file of ids has no val split: type --val_data_path FILE")
         val_path = config.train_data_path
-    return Splits(train, open_split(val_path, "val", config.dtype))
+        if not all(splits_in(path) for path in paths_of(val_path)):
+            raise ConfigError("data.val_data_path: not given; a bare file of ids has no val split: type --val_data_path FILE")
+    return Splits(train, open_data(val_path, "val", config.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +80,16 @@ class Plan:
     epochs: float
     eval_windows: int | None
     notices: tuple[str, ...]
+    mixture: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """A table for people."""
         lines = [
             f"{key:<20} {value:,}" if isinstance(value, int) else f"{key:<20} {value}"
             for key, value in dataclasses.asdict(self).items()
-            if key != "notices"
+            if key not in ("notices", "mixture")
         ]
+        lines += [f"mixture              {part}" for part in self.mixture]
         return "\n".join([*lines, *(f"notice: {notice}" for notice in self.notices)])
 
 
@@ -127,6 +130,7 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
         epochs=round(max_iters * samples_per_step / windows.count, 3),
         eval_windows=None if evaluation.eval_iters is None else evaluation.eval_iters * evaluation.eval_batch_size,
         notices=tuple(_notices(config, max_iters)),
+        mixture=tuple(_mixture(splits.train, model.context_length, max_iters * samples_per_step)),
     )
 
 
@@ -180,6 +184,16 @@ def _tokenizer_problems(config: RunConfig, splits: Splits) -> list[str]:
             f"data.val_data_path: made with tokenizer {val['name']}, the training data with {train['name']}: make both with one"
         ]
     return []
+
+
+def _mixture(train: TokenSplit, context_length: int, samples: int) -> list[str]:
+    """For each dataset of a mixture its share of the samples, and how often a run of so many ``samples`` reads it."""
+    total = sum(train.weights)
+    lines = []
+    for part, weight in zip(train.parts, train.weights, strict=True):
+        passes = samples * weight / total / Windows(part, context_length).count
+        lines.append(f"{weight / total:.2%} {part.source}: {part.tokens:,} tokens, read {passes:.2f} times")
+    return lines
 
 
 def _notices(config: RunConfig, max_iters: int) -> list[str]:

@@ -15,24 +15,35 @@ from typing import Literal
 import numpy as np
 import torch
 
-from accel_pretrain.errors import DataError
+from accel_pretrain.errors import DataError, refuse
+from accel_pretrain.mixture import Turns, mixture_problems
 from accel_pretrain.permutation import Permutation, key_of, uniform
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.typed_yaml import option
 
 _READ_AHEAD_BYTES = 1 << 20
+_FEW_FILES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the tokens are and in which order they are read."""
 
-    train_data_path: Path | None = option(None, "a dataset folder of prep.tokenize, or a .bin / .ids file of token ids")
-    val_data_path: Path | None = option(None, "the same, for validation; null: the val split of train_data_path")
+    train_data_path: Path | tuple[Path, ...] | None = option(
+        None, "a dataset folder of prep.tokenize, token files (.bin .ids .ds .npy), or a mixture: [DIR@0.7, DIR@0.3]"
+    )
+    val_data_path: Path | tuple[Path, ...] | None = option(
+        None, "the same, without weights, for validation; null: the val split of train_data_path"
+    )
     sampling: Literal["shuffle", "random"] = option(
         "shuffle", "shuffle: every window once per epoch, in a new order; random: windows drawn with replacement"
     )
     dtype: Literal["uint16", "uint32"] | None = option(None, "of a bare file; null: the dataset's, or uint16")
+
+    def __post_init__(self) -> None:
+        for key, given, weighted in (("train", self.train_data_path, True), ("val", self.val_data_path, False)):
+            if isinstance(given, tuple):
+                refuse(*((True, f"{key}_data_path: {problem}") for problem in mixture_problems(given, weighted=weighted)))
 
 
 @dataclass(frozen=True)
@@ -95,14 +106,41 @@ class Windows:
             return self._views[0][starts].astype(np.int64)
         out = np.empty((starts.size, self.context_length + 1), dtype=np.int64)
         files = np.searchsorted(self._start_ends, starts, side="right")
+        if len(self._views) > _FEW_FILES:  # then a gather from each is dearer than a slice for each window
+            places = starts - np.concatenate(([0], self._start_ends))[files]
+            for row, file, place in zip(out, files.tolist(), places.tolist(), strict=True):
+                row[:] = self._views[file][place]
+            return out
         for file in np.unique(files):
             chosen = files == file
             out[chosen] = self._views[file][starts[chosen] - (self._start_ends[file - 1] if file else 0)]
         return out
 
 
+class _Order:
+    """Where each sample of one dataset begins: its own shuffle, epoch after epoch, or its own draws."""
+
+    def __init__(self, windows: Windows, seed: int, sampling: Literal["shuffle", "random"]) -> None:
+        self.windows, self.seed, self.sampling = windows, seed, sampling
+
+    def starts(self, numbers: np.ndarray) -> np.ndarray:
+        """The starts of samples in ascending order of their numbers."""
+        if self.sampling == "random":
+            return uniform(key_of(self.seed), numbers, self.windows.starts)
+        epochs, ranks = np.divmod(numbers, self.windows.count)
+        windows, phases = np.empty_like(numbers), np.empty_like(numbers)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            inside, key = epochs == epoch, key_of(self.seed, epoch)
+            windows[inside] = Permutation(self.windows.count, key)(ranks[inside])
+            phases[inside] = key % self.windows.context_length
+        return self.windows.starts_of(windows, phases)
+
+
 class TokenBatches:
-    """The micro-batches of one process. Holds no position: every call says which samples it wants."""
+    """The micro-batches of one process. Holds no position: every call says which samples it wants.
+
+    Of a mixture, each dataset has an order and epochs of its own; ``samples_per_epoch`` are as many as it has windows in all.
+    """
 
     def __init__(
         self,
@@ -117,8 +155,13 @@ class TokenBatches:
         rank: int = 0,
     ) -> None:
         self.windows = Windows(split, context_length)
-        self.seed, self.sampling = seed, sampling
+        self.sampling = sampling
         self.samples_per_epoch = self.windows.count
+        parts = [Windows(part, context_length) for part in split.parts] or [self.windows]
+        seeds = [seed, *(key_of(seed, part) for part in range(1, len(parts)))]  # the first is read as it would be alone
+        self._parts = [_Order(windows, own, sampling) for windows, own in zip(parts, seeds, strict=True)]
+        self._first_starts = np.cumsum([0, *(windows.starts for windows in parts)])
+        self._turns = Turns(split.weights) if split.parts else None
         micro_steps, rows = np.arange(accumulation)[:, None], np.arange(batch_size)
         self._samples_per_step = accumulation * world_size * batch_size
         self._share = (micro_steps * world_size + rank) * batch_size + rows
@@ -147,7 +190,7 @@ class TokenBatches:
     def samples(self, numbers: np.ndarray) -> np.ndarray:
         """The ids of the samples with these numbers: int64 (N, T + 1)."""
         if self.sampling == "random":
-            return self.windows.read(uniform(key_of(self.seed), numbers, self.windows.starts))
+            return self.windows.read(self._starts(numbers))
         first, last = int(numbers.min()) // self._block, int(numbers.max()) // self._block
         starts = self._order(first) if first == last else np.concatenate([self._order(b) for b in range(first, last + 1)])
         return self.windows.read(starts[numbers - first * self._block])
@@ -156,13 +199,18 @@ class TokenBatches:
         """Where the window of each sample in a block begins; the newest two blocks are kept."""
         if block not in self._orders:
             numbers = np.arange(block * self._block, (block + 1) * self._block)
-            epochs, ranks = np.divmod(numbers, self.samples_per_epoch)
-            windows, phases = np.empty_like(numbers), np.empty_like(numbers)
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-                inside, key = epochs == epoch, key_of(self.seed, epoch)
-                windows[inside] = Permutation(self.samples_per_epoch, key)(ranks[inside])
-                phases[inside] = key % self.windows.context_length
             while len(self._orders) > 1:
                 del self._orders[min(self._orders)]
-            self._orders[block] = self.windows.starts_of(windows, phases)
+            self._orders[block] = self._starts(numbers)
         return self._orders[block]
+
+    def _starts(self, numbers: np.ndarray) -> np.ndarray:
+        """The starts of samples, through the files of all datasets."""
+        if self._turns is None:
+            return self._parts[0].starts(numbers)
+        turns, positions = self._turns(numbers)
+        starts = np.empty_like(numbers)
+        for part in np.unique(turns):
+            own = turns == part
+            starts[own] = self._first_starts[part] + self._parts[part].starts(positions[own])
+        return starts

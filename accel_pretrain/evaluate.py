@@ -25,9 +25,10 @@ from accel_pretrain.config import RunConfig
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import ConfigError, DataError, refuse, reported
 from accel_pretrain.harness import Scorer, TasksConfig, as_plain, as_tables, find_tasks, run_tasks
+from accel_pretrain.mixture import are_there, open_data, paths_of
 from accel_pretrain.models import Transformer
 from accel_pretrain.runtime import TrainingConfig, build_accelerator
-from accel_pretrain.shards import TokenSplit, open_split
+from accel_pretrain.shards import TokenSplit, splits_in
 from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import load, option, parse_command_line, reference, section
 from accel_pretrain.validation import EvalResult, validate
@@ -131,7 +132,7 @@ def evaluate(config: EvaluateConfig) -> int:
     found = find_tasks(config.harness) if config.harness.tasks else None
     checkpoint = resolve(source.checkpoint)
     path, dtype = find_data(source, checkpoint) if config.on_tokens else (None, None)
-    split = open_split(path, source.split, dtype) if path else None
+    split = open_data(path, source.split, dtype) if path else None
     model = read_model(checkpoint)
     refuse_misfits(model, checkpoint, split, measure)
     context_length = measure.context_length or model.config.context_length
@@ -146,7 +147,8 @@ def evaluate(config: EvaluateConfig) -> int:
         if path and split and windows:
             result = run_model(accelerator, prepared, windows, measure, split.bytes_per_token)
             report = Report(
-                data=str(path), split=source.split if path.is_dir() else None, context_length=context_length, result=result,
+                data=split.source, split=source.split if any(map(splits_in, paths_of(path))) else None,
+                context_length=context_length, result=result,
                 xz_bits_per_byte=xz_bits_per_byte(split) if measure.xz and accelerator.is_main_process else None,
             )  # fmt: skip
         if found and tokenizer:
@@ -173,13 +175,17 @@ def run_model(
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
-def find_data(source: SourceConfig, checkpoint: Path) -> tuple[Path, str | None]:
-    """Path and dtype of the data that was asked for, or else of what the run's own config names."""
+def find_data(source: SourceConfig, checkpoint: Path) -> tuple[Path | tuple[Path, ...], str | None]:
+    """Path, or paths, and dtype of the data that was asked for, or else of what the run's own config names."""
     if source.data is not None:
         return source.data, source.dtype
     recorded = load(RunConfig, checkpoint / "config.yaml").data
     path = recorded.val_data_path if source.split == "val" and recorded.val_data_path else recorded.train_data_path
-    if path is None or not path.exists() or (path.is_file() and source.split not in ("train", "val")):
+    if (
+        path is None
+        or not are_there(path)
+        or (source.split not in ("train", "val") and not any(map(splits_in, paths_of(path))))
+    ):
         raise ConfigError(
             f"source.data: the {source.split} split that {checkpoint} was made with ({path}) is not here; type --data DIR"
         )

@@ -4,35 +4,61 @@ A dataset is a folder:
 
 - ``train.bin``, ``val.bin``: token ids, little-endian uint16 (uint32 where the vocabulary needs it), no header, every document
   followed by the end-of-text id. One ``np.memmap`` reads them, nanoGPT's reader among others.
+- ``train.idx.npy``, ``val.idx.npy``: where each document ends, in tokens from the beginning of its file: uint64, as NumPy saves
+  it. Datasets that were written before there was such an index do without.
 - ``tokenizer/``: the tokenizer, see :mod:`accel_pretrain.tokenizer`.
-- ``manifest.json``: sizes, hashes, largest id, documents and UTF-8 bytes per file. **Written last**: a folder without it is
-  incomplete, and is not opened.
+- ``manifest.json``: sizes, hashes, largest id, documents and UTF-8 bytes per file, and a hash of itself. **Written last**: a
+  folder without it is incomplete, and is not opened.
 
-Write with :class:`ShardWriter` and :func:`write_manifest`; read with :func:`open_split`, which also takes a bare ``.bin`` or
-``.ids`` file of ids, and files that begin with the header of llm.c.
+Write with :class:`ShardWriter` and :func:`write_manifest`; read with :func:`open_split`, which also takes the token files of
+other programs (:mod:`accel_pretrain.token_formats`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from accel_pretrain.errors import DataError
+from accel_pretrain.manifest import (
+    DTYPES,
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    read_manifest,
+    sampled_sha256,
+    sha256_of,
+    sync_folder,
+    write_manifest,
+)
+from accel_pretrain.token_formats import INDEX_SUFFIX, files_of_split, map_ids, open_token_file, split_word, token_files
 
-MANIFEST = "manifest.json"
-FORMAT = "accel_pretrain.tokens"
-VERSION = 1
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+__all__ = [
+    "DTYPES",
+    "MANIFEST",
+    "Manifest",
+    "ShardInfo",
+    "ShardWriter",
+    "TokenSplit",
+    "as_ids",
+    "dtype_for",
+    "index_name",
+    "is_dataset",
+    "open_split",
+    "read_manifest",
+    "sampled_sha256",
+    "sha256_of",
+    "splits_in",
+    "sync_folder",
+    "write_manifest",
+]
 _HASHED_AT_OPEN = 256 << 20
-_LLMC_HEADER_BYTES = 1024
-_LLMC_MAGIC = {20240520: "uint16", 20240801: "uint32"}  # llm.c, dev/data/data_common.py
+_INDEX_HEADER_BYTES = 128
 
 
 def dtype_for(largest_id: int) -> str:
@@ -49,128 +75,87 @@ def as_ids(ids: np.ndarray, dtype: str, vocab_size: int) -> np.ndarray:
     return ids.astype(DTYPES[dtype], copy=False)
 
 
-# ---------------------------------------------------------------------------------------------------------- the manifest
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardInfo:
-    """One file of token ids: its place, its size in three units, its largest id, and the SHA-256 of its bytes."""
-
-    path: str
-    split: str
-    tokens: int
-    documents: int
-    utf8_bytes: int
-    max_id: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What ``manifest.json`` says. ``tokenizer`` has name, vocab_size, eot_id, fingerprint; ``prep`` is the writer's own."""
-
-    dtype: str
-    tokenizer: dict[str, Any]
-    files: tuple[ShardInfo, ...]
-    prep: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the tokens and the tokenizer, whatever the folder is called."""
-        parts = [self.dtype, self.tokenizer["fingerprint"], *(f"{info.split} {info.sha256}" for info in self.files)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Complete a dataset: the manifest appears under its name only when all of it, and all before it, is on disk."""
-    document = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}
-    temporary = folder / f".{MANIFEST}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / MANIFEST)
-    sync_folder(folder)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a dataset folder, or :class:`DataError`."""
-    path = folder / MANIFEST
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["format"] != FORMAT or document["version"] != VERSION:
-            raise DataError(f"{path}: format {document['format']} version {document['version']}; this reads {FORMAT} {VERSION}")
-        files = tuple(ShardInfo(**info) for info in document["files"])
-        for info in files:
-            if Path(info.path).name != info.path:
-                raise ValueError(f"bad file name {info.path!r}")
-        if document["dtype"] not in DTYPES or document["tokenizer"]["vocab_size"] < 1:
-            raise ValueError("bad dtype or tokenizer")
-        return Manifest(dtype=document["dtype"], tokenizer=document["tokenizer"], files=files, prep=document.get("prep", {}))
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist: {folder} is not a token dataset, or prep did not finish there. "
-            f"Run: python -m prep.tokenize SRC... -o {folder}"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged ({error}); write the dataset again with prep.tokenize") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable (POSIX; elsewhere a folder cannot be opened, and there is nothing to do)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
 class ShardWriter:
-    """Appends documents to one file of ids. Written under a temporary name, and renamed on :meth:`close` once on disk."""
+    """Appends documents to one file of ids. Written under a temporary name, and renamed on :meth:`close` once on disk.
 
-    def __init__(self, path: Path, split: str, dtype: str, vocab_size: int) -> None:
-        self.path, self.split, self.dtype, self.vocab_size = path, split, dtype, vocab_size
+    With ``eot_id``, the id after which a document ends, the file of document ends is written beside it.
+    """
+
+    def __init__(self, path: Path, split: str, dtype: str, vocab_size: int, eot_id: int | None = None) -> None:
+        self.path, self.split, self.dtype, self.vocab_size, self.eot_id = path, split, dtype, vocab_size, eot_id
+        self.tokens = self.documents = self.utf8_bytes = self.ends = 0
+        self.max_id = -1
+        self._digest = hashlib.sha256()
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._file = self._temporary.open("wb")
-        self._digest = hashlib.sha256()
-        self.tokens = self.documents = self.utf8_bytes = 0
-        self.max_id = -1
+        self._index_temporary = path.with_name(f".{index_name(path)}.tmp")
+        self._index = self._open_index() if eot_id is not None else None
+
+    def _open_index(self) -> BinaryIO:
+        index = self._index_temporary.open("wb")
+        index.write(bytes(_INDEX_HEADER_BYTES))  # it says how many there are, which is known at the end
+        return index
 
     def append(self, ids: np.ndarray, documents: int = 1, utf8_bytes: int = 0) -> None:
-        """Add ``ids``, which hold ``documents`` whole documents that were ``utf8_bytes`` long as text."""
+        """Add ``ids``, in which ``documents`` documents end that were ``utf8_bytes`` long as text."""
         stored = as_ids(ids, self.dtype, self.vocab_size)
         self._file.write(stored.data)
         self._digest.update(stored.data)
+        if self._index is not None:
+            ends = np.flatnonzero(stored == self.eot_id).astype("<u8") + np.uint64(self.tokens + 1)
+            self._index.write(ends.data)
+            self.ends += ends.size
         self.tokens += stored.size
         self.documents += documents
         self.utf8_bytes += utf8_bytes
         self.max_id = max(self.max_id, int(stored.max())) if stored.size else self.max_id
 
     def discard(self) -> None:
-        """Give up: close the file and delete it, unless :meth:`close` has given it its name."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        """Give up: close the files and delete them, unless :meth:`close` has given them their names."""
+        for file, temporary in ((self._file, self._temporary), (self._index, self._index_temporary)):
+            if file is not None:
+                file.close()
+                temporary.unlink(missing_ok=True)
 
     def close(self) -> ShardInfo:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self.path)
+        """Make the file durable under its name; raises :class:`DataError` if the ends are not as many as the documents."""
+        if self._index is not None and self.ends != self.documents:
+            raise DataError(f"{self.path}: {self.documents:,} documents, but {self.ends:,} end-of-text ids in them")
+        _finish(self._file, self._temporary, self.path)
+        index = ""
+        if self._index is not None:
+            index = index_name(self.path)
+            self._index.seek(0)
+            self._index.write(_index_header(self.ends))
+            _finish(self._index, self._index_temporary, self.path.with_name(index))
         return ShardInfo(
             path=self.path.name, split=self.split, tokens=self.tokens, documents=self.documents,
             utf8_bytes=self.utf8_bytes, max_id=self.max_id, sha256=self._digest.hexdigest(),
+            sampled=sampled_sha256(self.path), index=index,
+            index_sha256=sha256_of(self.path.with_name(index)) if index else "",
         )  # fmt: skip
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _finish(file: BinaryIO, temporary: Path, path: Path) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    temporary.replace(path)
+
+
+def index_name(path: Path) -> str:
+    """The name of the file of document ends that belongs to a file of ids: ``train.idx.npy`` to ``train.bin``."""
+    return f"{path.stem}{INDEX_SUFFIX}"
+
+
+def _index_header(count: int) -> bytes:
+    """What NumPy's format 1.0 puts before ``count`` uint64, always 128 bytes long."""
+    head = b"\x93NUMPY\x01\x00" + (_INDEX_HEADER_BYTES - 10).to_bytes(2, "little")
+    text = f"{{'descr': '<u8', 'fortran_order': False, 'shape': ({count},), }}".encode()
+    return head + text.ljust(_INDEX_HEADER_BYTES - 11) + b"\n"
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -180,7 +165,8 @@ def sha256_of(path: Path) -> str:
 class TokenSplit:
     """The ids of one split, memory-mapped: ``files`` are read-only arrays, one per shard; no document crosses two of them.
 
-    ``utf8_bytes`` and ``tokenizer`` are None where a bare file came without a manifest.
+    ``document_ends`` has for each file where its documents end, in tokens. It, ``utf8_bytes`` and ``tokenizer`` are None where
+    that is not known. A mixture has ``parts``, whose files are its files, and a whole number as the weight of each.
     """
 
     source: str
@@ -189,8 +175,11 @@ class TokenSplit:
     fingerprint: str
     utf8_bytes: int | None = None
     documents: int | None = None
+    document_ends: tuple[np.ndarray, ...] | None = None
     tokenizer: dict[str, Any] | None = None
     tokenizer_path: Path | None = None
+    parts: tuple[TokenSplit, ...] = ()
+    weights: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -202,24 +191,43 @@ class TokenSplit:
 
 
 def open_split(path: Path, split: str, dtype: str | None = None) -> TokenSplit:
-    """Open ``split`` of a dataset folder, or a bare file of ids (``dtype`` uint16 unless told otherwise).
+    """Open ``split`` of a dataset folder, or token files of other programs: one, or a folder or a glob of them.
 
-    Sizes are checked against the manifest; a bare file is read once for its largest id. Raises :class:`DataError`.
+    Sizes and hashes are checked against the manifest; what comes without one is read once for its largest id. ``dtype`` is that
+    of files that do not say theirs (uint16 unless told otherwise). Raises :class:`DataError`.
     """
-    if path.is_dir():
+    if path.is_dir() and is_dataset(path):
         return _open_dataset(path, split, dtype)
-    if not path.exists():
+    files = files_of_split(path, split)
+    if not files and token_files(path):
+        raise DataError(f"{path} has no {split} split: the names of its files speak of other ones")
+    if not files:
         raise DataError(
             f"{os.path.abspath(path)} does not exist; make a dataset with: python -m prep.tokenize SRC... -o {path}"
         )
-    if (path.parent / MANIFEST).is_file():
+    if path.is_file() and (path.parent / MANIFEST).is_file():
         manifest = read_manifest(path.parent)
         if named := [info.split for info in manifest.files if info.path == path.name]:
-            return _open_dataset(path.parent, named[0], dtype)
-    return _open_bare(path, dtype)
+            return _open_dataset(path.parent, named[0], dtype, path.name)
+    return _open_foreign(path, files, dtype)
 
 
-def _open_dataset(folder: Path, split: str, dtype: str | None) -> TokenSplit:
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder is a dataset of ours, complete or not, rather than a folder of token files."""
+    marks = (folder / MANIFEST).exists() or (folder / "tokenizer").is_dir() or any(folder.glob(f"*{INDEX_SUFFIX}"))
+    return marks or not token_files(folder)
+
+
+def splits_in(path: Path) -> list[str]:
+    """The splits that a path says it holds: a dataset by its manifest, token files by their names; empty: it does not say."""
+    if path.is_dir() and is_dataset(path):
+        return list(dict.fromkeys(info.split for info in read_manifest(path).files))
+    words = {split_word(file) for file in token_files(path)}
+    return sorted({word or "train" for word in words}) if len(words) > 1 else []
+
+
+def _open_dataset(folder: Path, split: str, dtype: str | None, only: str | None = None) -> TokenSplit:
+    """All files of a split, or ``only`` the one of that name."""
     manifest = read_manifest(folder)
     if dtype is not None and dtype != manifest.dtype:
         raise DataError(f"data.dtype {dtype}: {folder} holds {manifest.dtype}; leave data.dtype null for a dataset folder")
@@ -227,62 +235,58 @@ def _open_dataset(folder: Path, split: str, dtype: str | None) -> TokenSplit:
     if not infos:
         splits = sorted({info.split for info in manifest.files})
         raise DataError(f"{folder} has no {split} split, only {', '.join(splits)}; write it again with --val 1%")
+    fingerprint = manifest.fingerprint
+    if only and len(infos) > 1:
+        infos = [info for info in infos if info.path == only]
+        fingerprint = hashlib.sha256(f"{fingerprint} {infos[0].sha256}".encode()).hexdigest()
+    files = tuple(_map_shard(folder / info.path, manifest.dtype, info) for info in infos)
+    indexed = all(info.index for info in infos)
     return TokenSplit(
-        source=str(folder),
-        files=tuple(_map_shard(folder / info.path, manifest.dtype, info) for info in infos),
+        source=str(folder / only if only else folder),
+        files=files,
         max_id=max(info.max_id for info in infos),
-        fingerprint=manifest.fingerprint,
+        fingerprint=fingerprint,
         utf8_bytes=sum(info.utf8_bytes for info in infos),
         documents=sum(info.documents for info in infos),
+        document_ends=tuple(_map_index(folder / info.index, info) for info in infos) if indexed else None,
         tokenizer=manifest.tokenizer,
         tokenizer_path=folder / "tokenizer",
     )
 
 
 def _map_shard(path: Path, dtype: str, info: ShardInfo) -> np.ndarray:
-    """Map one shard after checking its size, and its hash where that takes a fraction of a second."""
-    expected = info.tokens * DTYPES[dtype].itemsize
+    """Map one shard after checking its size, and its hash where that takes a fraction of a second, else that of a sample."""
+    size = info.tokens * DTYPES[dtype].itemsize
+    _check(path, size, info.sha256, info.sampled)
+    return map_ids(path, dtype)
+
+
+def _map_index(path: Path, info: ShardInfo) -> np.ndarray:
+    _check(path, _INDEX_HEADER_BYTES + 8 * info.documents, info.index_sha256)
+    return map_ids(path, "uint64", _INDEX_HEADER_BYTES) if info.documents else np.empty(0, dtype="<u8")
+
+
+def _check(path: Path, expected: int, sha256: str, sampled: str = "") -> None:
     found = path.stat().st_size if path.exists() else None
     if found != expected:
         state = "is missing" if found is None else f"is {found} bytes long instead of {expected}"
         raise DataError(f"{path} {state}: the dataset is damaged; write it again with prep.tokenize")
-    if expected <= _HASHED_AT_OPEN and sha256_of(path) != info.sha256:
+    small = expected <= _HASHED_AT_OPEN
+    if (small and sha256_of(path) != sha256) or (not small and sampled and sampled_sha256(path) != sampled):
         raise DataError(f"{path} was changed after it was written: the dataset is damaged; write it again with prep.tokenize")
-    return _map(path, DTYPES[dtype])
 
 
-def _open_bare(path: Path, dtype: str | None) -> TokenSplit:
-    header, dtype = _sniff(path, dtype)
-    if _looks_like_text(path):
-        raise DataError(f"{path} is text, not token ids; run: python -m prep.tokenize {path} -o DIR")
-    itemsize = DTYPES[dtype].itemsize
-    size = path.stat().st_size - header
-    if size < itemsize or size % itemsize:
-        raise DataError(f"{path}: {size} bytes are not a whole number of {dtype} ids (is it text? use prep.tokenize)")
-    ids = _map(path, DTYPES[dtype], header)
-    max_id = max(int(ids[start : start + (1 << 24)].max()) for start in range(0, ids.size, 1 << 24))
-    fingerprint = hashlib.sha256(f"{size} {max_id}".encode() + ids[:4096].tobytes() + ids[-4096:].tobytes()).hexdigest()
-    return TokenSplit(source=str(path), files=(ids,), max_id=max_id, fingerprint=fingerprint)
-
-
-def _sniff(path: Path, dtype: str | None) -> tuple[int, str]:
-    """The header's length and the dtype of a bare file."""
-    with path.open("rb") as file:
-        start = file.read(8)
-    if start[:6] == b"\x93NUMPY":
-        raise DataError(f"{path} is a NumPy .npy file; write its ids with ndarray.tofile(), which has no header")
-    if magic := _LLMC_MAGIC.get(int.from_bytes(start[:4], "little")):
-        return _LLMC_HEADER_BYTES, magic
-    return 0, dtype or "uint16"
-
-
-def _looks_like_text(path: Path) -> bool:
-    """Whether a file begins as ASCII text does: ids stored in two bytes almost never have only printable ones."""
-    with path.open("rb") as file:
-        start = file.read(4096)
-    return len(start) >= 64 and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in start)
-
-
-def _map(path: Path, dtype: np.dtype[Any], offset: int = 0) -> np.ndarray:
-    # A plain ndarray view: slicing np.memmap objects costs ten times as much.
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset).view(np.ndarray)
+def _open_foreign(path: Path, paths: list[Path], dtype: str | None) -> TokenSplit:
+    opened = [open_token_file(file, dtype) for file in paths]
+    largest = [file.largest_id() for file in opened]
+    prints = [file.fingerprint(id) for file, id in zip(opened, largest, strict=True)]
+    ends = tuple(file.document_ends for file in opened if file.document_ends is not None)
+    indexed = len(ends) == len(opened)
+    return TokenSplit(
+        source=str(path),
+        files=tuple(file.ids for file in opened),
+        max_id=max(largest),
+        fingerprint=prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest(),
+        documents=sum(own.size for own in ends) if indexed else None,
+        document_ends=ends if indexed else None,
+    )

@@ -245,7 +245,10 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     ]
     facts = read_facts(checkpoint)
     if facts["data_fingerprint"] != splits.train.fingerprint:
-        problems.append(f"data.train_data_path: {checkpoint.name} was trained on other tokens than {splits.train.source} holds")
+        weights = " with these weights" if splits.train.weights else ""
+        problems.append(
+            f"data.train_data_path: {checkpoint.name} was trained on other tokens than {splits.train.source} holds{weights}"
+        )
     if facts.get("tokens_per_step", plan.tokens_per_step) != plan.tokens_per_step:
         print(
             f"changed since {checkpoint.name}: {facts['tokens_per_step']:,} -> {plan.tokens_per_step:,} tokens per update; "
@@ -277,6 +280,8 @@ def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None) -> No
         f"{plan.tokens_per_step:,} tokens per update"
     )
     say(f"Max iterations: {plan.max_iters} ({plan.epochs:g} passes over the data)")
+    for part in plan.mixture:
+        say(f"Mixture: {part}")
     for notice in plan.notices:
         say(f"Notice: {notice}")
     say(RULE)

@@ -179,7 +179,8 @@ def _convert_union(annotation: Any, raw: Any) -> Any:
     options = typing.get_args(annotation)
     if types.NoneType in options and _is_null(raw):
         return None
-    for kind in options:
+    listed = isinstance(raw, str) and raw.lstrip().startswith("[")  # where one or several are meant, this is several
+    for kind in sorted(options, key=lambda kind: listed and typing.get_origin(kind) is not tuple):
         if kind is not types.NoneType and _accepts(kind, raw):
             return convert(kind, raw)
     raise _Mismatch(_describe(annotation))

@@ -1,13 +1,19 @@
-"""``--tokenizer train:N``: learn a byte-level BPE vocabulary from a sample of the train split, with rustbpe."""
+"""``--tokenizer train:N``: learn a byte-level BPE vocabulary from a sample of the train split, with gigatoken or rustbpe.
+
+Both learn the same vocabulary in the same order. Left out of the sample are the few documents that hold characters which they
+know from different versions of Unicode.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from accel_pretrain.errors import ConfigError, DataError
 from accel_pretrain.tokenizer import GPT2_PATTERN, BpeTokenizer
-from prep.readers import Document
+from prep.documents import Document
+from prep.engines import may_differ, silence
 from prep.split import TRAIN, SplitRule
 from prep.units import Unit
 
@@ -32,25 +38,69 @@ def learn_tokenizer(spec: str, units: Sequence[Unit], rule: SplitRule) -> BpeTok
     """A tokenizer with exactly N ids, the end-of-text id being the last; the same text always gives the same one."""
     size = wanted_size(spec)
     assert size is not None
-    try:
-        import rustbpe
-    except ImportError:
-        raise ConfigError(
-            f"--tokenizer {spec}: learning a vocabulary needs rustbpe: pip install 'accel_pretrain[bpe]'; "
-            "or use --tokenizer bytes, which needs nothing"
-        ) from None
-    trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer.train_from_iterator(_sample(units, rule), vocab_size=size - 1, pattern=GPT2_PATTERN)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    ranks = _trainer(spec)(_sample(units, rule), size - 1)
     if len(ranks) < size - 1:
         reached = f"{PREFIX}{len(ranks) + 1}" if len(ranks) + 1 >= SMALLEST else "bytes"
         raise DataError(f"--tokenizer {spec}: the text is too short for so many ids; use --tokenizer {reached}, or more text")
     return BpeTokenizer(spec, ranks, GPT2_PATTERN)
 
 
+def _trainer(spec: str) -> Callable[[Iterable[str], int], dict[bytes, int]]:
+    for train in (_with_gigatoken, _with_rustbpe):
+        with contextlib.suppress(ImportError):
+            __import__(train.__name__.removeprefix("_with_"))
+            return train
+    raise ConfigError(
+        f"--tokenizer {spec}: learning a vocabulary needs gigatoken or rustbpe: pip install 'accel_pretrain[bpe]'; "
+        "or use --tokenizer bytes, which needs nothing"
+    )
+
+
+def _with_rustbpe(texts: Iterable[str], size: int) -> dict[bytes, int]:
+    import rustbpe
+
+    trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.train_from_iterator(iter(texts), vocab_size=size, pattern=GPT2_PATTERN)
+    return {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+
+
+def _with_gigatoken(texts: Iterable[str], size: int) -> dict[bytes, int]:
+    import gigatoken
+
+    # A text never holds NUL, so NUL can part them. Equally frequent pairs are merged in the order of rustbpe.
+    data = b"\0".join(text.encode() for text in texts)
+    if not data:
+        return {bytes([byte]): byte for byte in range(256)}
+    with silence():
+        vocabulary, _ = gigatoken.train_bpe(data, size, [], tie_breaking="raw_token_ids", separator=b"\0")
+    tokens = [vocabulary[rank] for rank in range(len(vocabulary))]
+    # When every word is one token, it goes on with pairs that do not occur, some of them for the second time. What comes before
+    # a token that does occur is no such pair.
+    first = {token: rank for rank, token in reversed(list(enumerate(tokens)))}
+    known, count = 256, next((rank for rank, token in enumerate(tokens) if first[token] < rank), len(tokens))
+    unknown = count + 1
+    while known < count:
+        known, unknown = (count, unknown) if _occurs(tokens[:count], data) else (known, count)
+        count = (known + unknown) // 2
+    return {token: rank for rank, token in enumerate(tokens[:known])}
+
+
+def _occurs(tokens: list[bytes], data: bytes) -> bool:
+    """Whether the last of ``tokens`` is among those of a text in ``data``."""
+    import tiktoken
+
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    encoding = tiktoken.Encoding("part", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return any(
+        (encoding.encode_to_numpy(text.decode(), disallowed_special=()) == len(tokens) - 1).any()
+        for text in data.split(b"\0")
+        if tokens[-1] in text
+    )
+
+
 def _sample(units: Sequence[Unit], rule: SplitRule) -> Iterator[str]:
     """Documents of the train split, up to :data:`SAMPLE_BYTES`, from all over the corpus."""
-    total = sum(unit.size for unit in units)
+    total = max(1, sum(unit.size for unit in units))
     share = min(1.0, SAMPLE_BYTES / total)
     for unit in units:
         budget = share * unit.size
@@ -61,6 +111,6 @@ def _sample(units: Sequence[Unit], rule: SplitRule) -> Iterator[str]:
                 continue
             placed = [(unit.split, document)] if unit.split else rule.place(document)
             for split, part in placed:
-                if split == TRAIN:
+                if split == TRAIN and not may_differ(part.data):
                     yield _LONG_RUN.sub(r"\1", part.data[: int(budget) + 1].decode(errors="ignore"))
                 budget -= len(part.data)

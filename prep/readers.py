@@ -1,8 +1,8 @@
-"""How bytes become documents: one reader per kind of file.
+"""How bytes become documents: one reader per kind of text file, packed or not.
 
-A reader does two things. :meth:`Reader.pieces` cuts a file into ranges that can be read apart, at ends of records,
-without decoding it. :meth:`Reader.documents` turns one such range into documents. Whatever has these two methods is a
-reader: what ``start`` and ``stop`` count (bytes here; row groups, say, elsewhere) is its own business.
+:mod:`prep.documents` says what a reader is. The readers here also have ``parse``, which takes the bytes of a file a few at a
+time and needs no file: :mod:`prep.packed_files` unpacks into it. No more than one document is in memory, and a document longer
+than ``largest`` never is: it is an error like any other text that cannot be used.
 """
 
 from __future__ import annotations
@@ -12,130 +12,113 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, NamedTuple, Protocol
+from typing import IO, Any, Protocol
 
-from accel_pretrain.errors import DataError
+from prep.documents import CHUNK, OR_SKIP, BadDocument, Document, Piece, Reader, Tally, digest_of, opened, read_some
+from prep.normal import key_of_chunks
 
-CHUNK = 1 << 20
+__all__ = [
+    "BadDocument", "Document", "JsonLines", "Piece", "Reader", "SeparatedText", "Tally", "TextReader", "WholeText", "digest_of",
+]  # fmt: skip
+
+LARGEST_DOCUMENT = 64_000_000
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_LINE_END = re.compile(rb"\n")
 # Where a long text may be cut so that every tokenizer of tiktoken gives the parts the same ids as the whole: after a
 # line end between two visible characters. Left out are bytes that can begin or end white space of more than one byte,
 # and the slash, which o200k_base takes to the line end before it.
 _SAFE_CUT = re.compile(rb"[\x21-\x7e\xb0-\xbf]\r?\n(?=[\x21-\x2e\x30-\x7e\xc3-\xe0\xe4-\xf4])")
+# In a text without line ends: before a single space between two words.
+_WORD_CUT = re.compile(rb"[A-Za-z](?= [A-Za-z])")
 
 
-class Document(NamedTuple):
-    """One text as valid UTF-8, or a part of one; ``digest`` is the hash of the whole text, which decides its split."""
+class TextReader(Reader, Protocol):
+    """A reader of text that need not lie in a file as it is."""
 
-    data: bytes
-    digest: int
-    whole: bool = True
-    ends: bool = True  # False: the text goes on in the next piece, so no end-of-text yet
-
-    @property
-    def is_empty(self) -> bool:
-        return self.whole and (not self.data or self.data.isspace())
-
-    @property
-    def text(self) -> str:
-        return self.data.decode()
-
-
-class BadDocument(NamedTuple):
-    """Something that is not a text; the line is only counted when somebody wants to read the message."""
-
-    path: str
-    offset: int
-    reason: str
-
-    @property
-    def problem(self) -> str:
-        return f"{self.path}:{_line_of(self.path, self.offset)}: {self.reason}"
-
-
-class Piece(NamedTuple):
-    """A range of one file. With a ``digest``, it is a part of one long document that has this digest."""
-
-    path: str
-    start: int
-    stop: int
-    reader: Reader
-    digest: int | None = None
-    ends: bool = True
-
-    def documents(self) -> Iterator[Document | BadDocument]:
-        return self.reader.documents(self)
-
-    def read(self) -> bytes:
-        """The bytes of the range; raises :class:`DataError` when the file is no longer there or has become shorter."""
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(self.start)
-                data = file.read(self.stop - self.start)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
-        if len(data) != self.stop - self.start:
-            raise DataError(f"{self.path}: became shorter while it was read; run again when nothing writes to it")
-        return data
-
-
-class Reader(Protocol):
-    """One kind of file."""
-
-    def pieces(self, path: str, size: int, unit_bytes: int) -> Iterator[Piece]: ...
-
-    def documents(self, piece: Piece) -> Iterator[Document | BadDocument]: ...
-
-
-def digest_of(data: bytes) -> int:
-    """The hash that decides a document's split, in [0, 2**64)."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
-
-
-# -------------------------------------------------------------------------------------------------------- three readers
+    def parse(self, chunks: Iterable[bytes], path: str, offset: int, packing: str | None) -> Iterator[Document | BadDocument]:
+        """The documents in ``chunks``, which begin ``offset`` bytes into the text of ``path``."""
+        ...
 
 
 @dataclass(frozen=True)
-class WholeText:
-    """A text file is one document. A long one is cut into parts that are encoded apart, to the same ids."""
+class _Text:
+    """What the three readers share."""
+
+    def documents(self: Any, piece: Piece, tally: Tally | None = None) -> Iterator[Document | BadDocument]:
+        return self.parse(piece.chunks(tally), piece.path, piece.start, None)
+
+    def identify(self, piece: Piece, tally: Tally) -> None:
+        for _ in piece.chunks(tally):
+            pass
+
+
+@dataclass(frozen=True)
+class WholeText(_Text):
+    """A text file is one document. A long one is cut into parts that are encoded apart, to the same ids.
+
+    Without ``cut`` it stays in one piece, for those who must see all of it; with ``keyed``, parts carry the key of the whole.
+    """
+
+    largest: int = LARGEST_DOCUMENT
+    cut: bool = True
+    keyed: bool = False
 
     def pieces(self, path: str, size: int, unit_bytes: int) -> Iterator[Piece]:
-        digest = _digest_of_file(path) if size > unit_bytes else None
-        if digest is None:  # short; or not valid text, which `documents` will say
+        found = _survey(path) if self.cut and size > unit_bytes else None
+        if not isinstance(found, int):  # short; or not valid text, which `documents` will say
             yield Piece(path, 0, size, self)
             return
-        for start, stop in _ranges(path, size, unit_bytes, _SAFE_CUT):
-            yield Piece(path, start, stop, self, digest, ends=stop == size)
+        key = _key_of_file(path) if self.keyed else None
+        for start, stop in _ranges(path, size, unit_bytes, _SAFE_CUT, _WORD_CUT):
+            yield Piece(path, start, stop, self, found, ends=stop == size, key=key)
 
-    def documents(self, piece: Piece) -> Iterator[Document | BadDocument]:
-        document = _document(piece.read(), piece.path, piece.start)
-        if isinstance(document, Document) and piece.digest is not None:
-            document = document._replace(digest=piece.digest, whole=False, ends=piece.ends)
-        yield document
+    def documents(self, piece: Piece, tally: Tally | None = None) -> Iterator[Document | BadDocument]:
+        if piece.stop - piece.start > self.largest:
+            self.identify(piece, tally or Tally())
+            found = _survey(piece.path)
+            yield found if isinstance(found, BadDocument) else _too_long(piece.path, piece.start, None, self.largest)
+            return
+        for document in super().documents(piece, tally):
+            if isinstance(document, Document) and piece.digest is not None:
+                document = document._replace(digest=piece.digest, whole=False, ends=piece.ends, whole_key=piece.key)
+            yield document
+
+    def parse(self, chunks: Iterable[bytes], path: str, offset: int, packing: str | None) -> Iterator[Document | BadDocument]:
+        held: list[bytes] = []
+        size = 0
+        for chunk in chunks:
+            size += len(chunk)
+            if size <= self.largest:
+                held.append(chunk)
+            else:
+                held.clear()
+        too_long = _too_long(path, offset, packing, self.largest)
+        yield too_long if size > self.largest else _document(b"".join(held), path, offset, packing)
 
 
 @dataclass(frozen=True)
-class SeparatedText:
+class SeparatedText(_Text):
     """A text file whose documents stand between separators; line ends next to a separator belong to no document."""
 
     separator: str
+    largest: int = LARGEST_DOCUMENT
 
     def pieces(self, path: str, size: int, unit_bytes: int) -> Iterator[Piece]:
         for start, stop in _ranges(path, size, unit_bytes, self._pattern()):
             yield Piece(path, start, stop, self)
 
-    def documents(self, piece: Piece) -> Iterator[Document | BadDocument]:
-        data, begin = piece.read(), 0
-        ends = (match.span() for match in self._pattern().finditer(data))
-        for end, following in itertools.chain(ends, [(len(data), len(data))]):
-            record = data[begin:end]
+    def parse(self, chunks: Iterable[bytes], path: str, offset: int, packing: str | None) -> Iterator[Document | BadDocument]:
+        for begin, record, ended in _records(chunks, self._pattern(), self.largest):
+            if record is None:
+                yield _too_long(path, offset + begin, packing, self.largest)
+                continue
             stripped = record.lstrip(b"\r\n")
-            offset, begin = piece.start + begin + len(record) - len(stripped), following
-            if stripped.strip() or end < len(data):  # nothing after the last separator is not an empty document
-                yield _document(stripped.rstrip(b"\r\n"), piece.path, offset)
+            if stripped.strip() or ended:  # nothing after the last separator is not an empty document
+                place = offset + begin + len(record) - len(stripped)
+                yield _document(stripped.rstrip(b"\r\n"), path, place, packing)
 
     def _pattern(self) -> re.Pattern[bytes]:
         spellings = {self.separator, self.separator.replace("\n", "\r\n")}
@@ -143,27 +126,31 @@ class SeparatedText:
 
 
 @dataclass(frozen=True)
-class JsonLines:
+class JsonLines(_Text):
     """A file with one JSON object per line; ``column`` is the key of its text."""
 
     column: str
+    largest: int = LARGEST_DOCUMENT
 
     def pieces(self, path: str, size: int, unit_bytes: int) -> Iterator[Piece]:
-        for start, stop in _ranges(path, size, unit_bytes, re.compile(rb"\n")):
+        for start, stop in _ranges(path, size, unit_bytes, _LINE_END):
             yield Piece(path, start, stop, self)
 
-    def documents(self, piece: Piece) -> Iterator[Document | BadDocument]:
-        offset = piece.start
-        for line in piece.read().split(b"\n"):
-            if line.strip():
-                yield self._document(line, piece.path, offset)
-            offset += len(line) + 1
+    def parse(self, chunks: Iterable[bytes], path: str, offset: int, packing: str | None) -> Iterator[Document | BadDocument]:
+        key = json.dumps(self.column).encode()
+        for begin, line, _ in _records(chunks, _LINE_END, self.largest):
+            if line is None:
+                yield _too_long(path, offset + begin, packing, self.largest)
+            elif line.strip():
+                yield self._document(line, path, offset + begin, packing, twice=line.count(key) > 1)
 
-    def _document(self, line: bytes, path: str, offset: int) -> Document | BadDocument:
-        clean = _decode(line, path, offset)
+    def _document(self, line: bytes, path: str, offset: int, packing: str | None, twice: bool) -> Document | BadDocument:
+        clean = decoded(line, path, offset, packing)
         if isinstance(clean, BadDocument):
             return clean
         try:
+            if twice:  # the key, or a text that looks like it
+                json.loads(clean, object_pairs_hook=self._once)
             row = json.loads(clean)
             if not isinstance(row, dict):
                 reason = f"expected one JSON object per line, found {type(row).__name__}"
@@ -175,90 +162,140 @@ class JsonLines:
                 reason = f"a NUL character in column {self.column!r}: not text"
             else:
                 data = text.encode().replace(b"\r\n", b"\n")
-                return Document(data, digest_of(data))
+                return Document(data, digest_of(data), offset=offset, packing=packing)
         except UnicodeEncodeError:
             reason = f"half a surrogate pair in column {self.column!r}: not text"
         except (ValueError, RecursionError) as error:
             reason = f"not valid JSON ({error})"
-        return BadDocument(path, offset, reason + _OR_SKIP)
+        return BadDocument(path, offset, reason + OR_SKIP, packing=packing)
+
+    def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs) and sum(key == self.column for key, _ in pairs) > 1:
+            raise ValueError(f"the key {self.column!r} stands twice")
+        return row
 
 
 # ---------------------------------------------------------------------------------------------------------------- bytes
 
-_OR_SKIP = "; or leave such documents out with --on_error skip"
 
+def decoded(data: bytes, path: str, offset: int, packing: str | None = None, place: str | None = None) -> bytes | BadDocument:
+    """Valid UTF-8 without byte order mark and with plain line ends; ``offset`` is where ``data`` begins in the text."""
 
-def _decode(data: bytes, path: str, offset: int) -> bytes | BadDocument:
-    """Valid UTF-8 without byte order mark and with plain line ends; ``offset`` is where ``data`` begins in the file."""
+    def bad(at: int, reason: str) -> BadDocument:
+        return BadDocument(path, at, reason + OR_SKIP, place, packing)
+
     if offset == 0 and data.startswith(_UTF16_BOMS):
-        return BadDocument(path, 0, "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8" + _OR_SKIP)
+        return bad(0, "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8")
     if (at := data.find(b"\0")) >= 0:
-        at += offset
-        return BadDocument(path, at, f"byte {at} is NUL: binary data or UTF-16, not UTF-8 text" + _OR_SKIP)
+        return bad(offset + at, f"byte {offset + at} is NUL: binary data or UTF-16, not UTF-8 text")
     try:
         data.decode()
     except UnicodeDecodeError as error:
         at = offset + error.start
-        shown = f"byte {at} (0x{data[error.start]:02x})"
-        return BadDocument(path, at, f"{shown} is not UTF-8; convert it with iconv" + _OR_SKIP)
+        return bad(at, f"byte {at} (0x{data[error.start]:02x}) is not UTF-8; convert it with iconv")
     if offset == 0:
         data = data.removeprefix(_UTF8_BOM)
     return data.replace(b"\r\n", b"\n")
 
 
-def _document(data: bytes, path: str, offset: int) -> Document | BadDocument:
-    clean = _decode(data, path, offset)
-    return clean if isinstance(clean, BadDocument) else Document(clean, digest_of(clean))
+def _document(data: bytes, path: str, offset: int, packing: str | None) -> Document | BadDocument:
+    clean = decoded(data, path, offset, packing)
+    return clean if isinstance(clean, BadDocument) else Document(clean, digest_of(clean), offset=offset, packing=packing)
 
 
-def _digest_of_file(path: str) -> int | None:
-    """:func:`digest_of` a whole text file, in constant memory; None where it is not valid text."""
+def _too_long(path: str, offset: int, packing: str | None, largest: int) -> BadDocument:
+    reason = f"a document of more than {largest:,} bytes; separate the documents in it with --doc_sep, or raise --max_document"
+    return BadDocument(path, offset, reason + OR_SKIP, packing=packing)
+
+
+def _records(chunks: Iterable[bytes], boundary: re.Pattern[bytes], largest: int) -> Iterator[tuple[int, bytes | None, bool]]:
+    """The bytes between matches of ``boundary``: where they begin, they (None: too long to hold), whether a match ends them."""
+    overlap = 0 if boundary is _LINE_END else len(boundary.pattern)  # no shorter than what it matches
+    buffer, begin, base, searched, lost = b"", 0, 0, 0, False
+    for chunk in chunks:
+        buffer += chunk
+        used = 0
+        for match in boundary.finditer(buffer, searched):
+            too_long = lost or match.start() - used > largest
+            yield begin, None if too_long else buffer[used : match.start()], True
+            used, lost = match.end(), False
+            begin = base + used
+        if len(buffer) - used > largest + overlap:
+            lost, used = True, len(buffer) - overlap
+        base, buffer = base + used, buffer[used:]
+        searched = max(0, len(buffer) - overlap)
+    if buffer or lost:
+        yield begin, None if lost or len(buffer) > largest else buffer, False
+
+
+def _survey(path: str) -> int | BadDocument:
+    """:func:`digest_of` a whole text file, or where it is not valid text, in constant memory."""
     digest, decoder = hashlib.blake2b(digest_size=8), codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        chunk = file.read(CHUNK).removeprefix(_UTF8_BOM)
-        while chunk:
-            following = file.read(CHUNK)
-            if following and chunk.endswith(b"\r"):  # keep the two bytes of a line end together
-                chunk, following = chunk[:-1], b"\r" + following
-            try:
-                decoder.decode(chunk, final=not following)
-            except UnicodeDecodeError:
-                return None
-            if b"\0" in chunk:
-                return None
-            digest.update(chunk.replace(b"\r\n", b"\n"))
-            chunk = following
+    offset = 0
+    for chunk in _plain_chunks(path):
+        try:
+            if (at := chunk.find(b"\0")) >= 0:
+                raise UnicodeDecodeError("utf-8", chunk, at, at + 1, "")
+            decoder.decode(chunk)
+        except UnicodeDecodeError:
+            with opened(path) as file:  # `decoded` puts it into words: a few bytes around it are enough
+                at = max(0, offset - 4) if offset else 0
+                file.seek(at)
+                return _problem_in(read_some(file, 2 * CHUNK), path, at)
+        offset += len(chunk)
+        digest.update((chunk if offset > len(chunk) else chunk.removeprefix(_UTF8_BOM)).replace(b"\r\n", b"\n"))
+    if decoder.getstate()[0]:
+        return _problem_in(decoder.getstate()[0], path, offset - len(decoder.getstate()[0]))
     return int.from_bytes(digest.digest(), "big")
 
 
-def _ranges(path: str, size: int, unit_bytes: int, boundary: re.Pattern[bytes]) -> Iterator[tuple[int, int]]:
+def _problem_in(data: bytes, path: str, offset: int) -> BadDocument:
+    """What is wrong with ``data``, which may begin inside a character and holds something that is not text."""
+    inside = next((index for index, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0) if offset else 0
+    found = decoded(data[inside:], path, offset + inside)
+    return found if isinstance(found, BadDocument) else BadDocument(path, offset, "not UTF-8 text" + OR_SKIP)
+
+
+def _key_of_file(path: str) -> bytes:
+    """The key of a whole text file that is valid text, in constant memory."""
+    head = itertools.chain([next(chunks := _plain_chunks(path)).removeprefix(_UTF8_BOM)], chunks)
+    return key_of_chunks(head)
+
+
+def _plain_chunks(path: str) -> Iterator[bytes]:
+    """The bytes of a file, the two bytes of a line end always together."""
+    with opened(path) as file:
+        chunk = read_some(file, CHUNK)
+        while chunk:
+            following = read_some(file, CHUNK)
+            if following and chunk.endswith(b"\r"):
+                chunk, following = chunk[:-1], b"\r" + following
+            yield chunk
+            chunk = following
+
+
+def _ranges(
+    path: str, size: int, unit_bytes: int, boundary: re.Pattern[bytes], otherwise: re.Pattern[bytes] | None = None
+) -> Iterator[tuple[int, int]]:
     """Ranges of about ``unit_bytes`` that end behind a match of ``boundary``, the last at the end of the file."""
     start = 0
-    with open(path, "rb") as file:
+    with opened(path) as file:
         while start < size:
             stop = size
             if size - start > unit_bytes:
-                stop = _find(file, start + unit_bytes, size, boundary)
+                stop = _find(file, start + unit_bytes, size, boundary, otherwise)
             yield start, stop
             start = stop
 
 
-def _find(file: IO[bytes], position: int, size: int, boundary: re.Pattern[bytes]) -> int:
-    """Where the first match at or after ``position`` ends; ``size`` when there is none."""
+def _find(file: IO[bytes], position: int, size: int, boundary: re.Pattern[bytes], otherwise: re.Pattern[bytes] | None) -> int:
+    """Where the first match at or after ``position`` ends, or one of ``otherwise`` in the same megabyte; else ``size``."""
     overlap = 4096  # longer than any boundary
     while position < size:
         file.seek(position)
-        window = file.read(CHUNK)
-        if match := boundary.search(window):
+        window = read_some(file, CHUNK)
+        if match := boundary.search(window) or (otherwise and otherwise.search(window)):
             return position + match.end()
         position += max(1, len(window) - overlap) if position + len(window) < size else len(window)
     return size
-
-
-def _line_of(path: str, offset: int) -> int:
-    line = 1
-    with open(path, "rb") as file:
-        while offset > 0 and (chunk := file.read(min(CHUNK, offset))):
-            line += chunk.count(b"\n")
-            offset -= len(chunk)
-    return line

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from accel_pretrain.errors import DataError
-from prep.readers import BadDocument, Document, digest_of
+from prep.documents import BadDocument, Document, digest_of
 from prep.units import Unit, pack
 
 TRAIN, VAL = "train", "val"
@@ -40,6 +40,10 @@ class SplitRule:
     def split_of(self, digest: int) -> str:
         below = digest < self.threshold and digest not in self.to_train
         return VAL if below or digest in self.to_val else TRAIN
+
+    def key(self) -> str:
+        """A text that is the same for equal rules, in every process."""
+        return f"{self.threshold} {sorted(self.to_val)} {sorted(self.to_train)} {self.tail}"
 
     def describe(self) -> str:
         if self.tail is not None:
@@ -80,7 +84,7 @@ def _survey(units: Sequence[Unit]) -> Iterator[tuple[int, int, bool]]:
     for unit in units:
         for piece in unit.pieces:
             if piece.digest is not None:
-                yield piece.digest, piece.stop - piece.start, piece.ends
+                yield piece.digest, piece.size, piece.ends
                 continue
             for document in piece.documents():
                 if isinstance(document, Document) and not document.is_empty:

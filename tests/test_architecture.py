@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each level may import the levels above it in this list, and its own.
 LEVELS = (
     ("errors",),
-    ("typed_yaml", "shards", "tokenizer", "permutation", "schedule"),
+    ("typed_yaml", "manifest", "token_formats", "shards", "mixture", "tokenizer", "permutation", "schedule"),
     ("models", "loss", "optim", "data"),
     ("runtime", "metrics", "trackers", "checkpoint", "generate", "validation"),
     ("config",),
@@ -31,8 +31,11 @@ MAX_FUNCTION, MAX_FILE = 60, 350
 # Where a limit is exceeded today, and by how much at most. Make these smaller; a new entry needs a reason.
 LONGER_FILES = {"accel_pretrain/typed_yaml.py": 560, "accel_pretrain/checkpoint.py": 430}
 LONGER_FUNCTIONS: dict[str, int] = {}
-MAY_PRINT = {"accel_pretrain/errors.py", "accel_pretrain/hf/__main__.py"} | {f"accel_pretrain/{name}.py" for name in ENTRY_POINTS}
-MAY_READ_ENVIRONMENT = {"accel_pretrain/errors.py", "accel_pretrain/runtime.py"}  # a new entry needs a reason
+MAY_PRINT = {"accel_pretrain/errors.py", "accel_pretrain/hf/__main__.py"} | {
+    f"accel_pretrain/{name}.py" for name in ENTRY_POINTS
+}
+# A new entry needs a reason; Slurm tells a task of an array its number in no other way.
+MAY_READ_ENVIRONMENT = {"accel_pretrain/errors.py", "accel_pretrain/runtime.py", "prep/runners.py"}
 
 
 def sources() -> dict[str, ast.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from typing import Any
 
@@ -199,6 +200,16 @@ def test_samples_around_the_ends_of_epochs_and_blocks_equal_single_ones(tokens: 
         assert np.array_equal(reader.samples(numbers)[::3], single)
     backwards = np.array([300, 3, 259])
     assert np.array_equal(reader.samples(backwards), np.concatenate([reader.samples(backwards[i : i + 1]) for i in range(3)]))
+
+
+def test_the_order_is_the_one_that_checkpoints_of_earlier_versions_go_on_in():
+    for sampling, known in (
+        ("shuffle", "0e2c28a8a38804d6b498df70a822535385e31df72abfad8bbc55a3991234ce2b"),
+        ("random", "9184629cb55e2106157c3a27a3779d3ebb3dc897f86277c6c7bbd41752c687a2"),
+    ):
+        reader = batches(split_of(2400, 65, 5, 8000), sampling=sampling)
+        read = np.concatenate([reader.samples(np.arange(begin, begin + 400)) for begin in (0, 10_000, 10**12)])
+        assert hashlib.sha256(read.astype("<i8").tobytes()).hexdigest() == known
 
 
 # --------------------------------------------------------------------------------------------------------- small datasets

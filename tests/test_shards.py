@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from accel_pretrain import shards
 from accel_pretrain.errors import DataError
 from accel_pretrain.shards import (
     Manifest,
@@ -16,19 +19,22 @@ from accel_pretrain.shards import (
     dtype_for,
     open_split,
     read_manifest,
+    sampled_sha256,
     sha256_of,
+    splits_in,
     write_manifest,
 )
 
 TOKENIZER = {"name": "t", "vocab_size": 300, "eot_id": 299, "fingerprint": "f" * 64}
 
 
-def write_dataset(folder: Path, splits: dict[str, list[list[int]]], vocab_size: int = 300) -> Path:
-    folder.mkdir()
+def write_dataset(folder: Path, splits: dict[str, list[list[int]]], vocab_size: int = 300, eot_id: int | None = None) -> Path:
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "spec.json").write_text("{}")
     dtype = dtype_for(vocab_size - 1)
     infos = []
     for split, documents in splits.items():
-        writer = ShardWriter(folder / f"{split}.bin", split, dtype, vocab_size)
+        writer = ShardWriter(folder / f"{split}.bin", split, dtype, vocab_size, eot_id)
         for document in documents:
             writer.append(np.array(document, dtype=np.uint32), utf8_bytes=2 * len(document))
         infos.append(writer.close())
@@ -43,8 +49,11 @@ def dataset(tmp_path: Path) -> Path:
 
 
 def edit_manifest(folder: Path, **changes: object) -> None:
+    """Change a manifest as somebody would who also makes its hash fit."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    document = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"} | changes
+    document["sha256"] = hashlib.sha256((json.dumps(document, indent=2) + "\n").encode()).hexdigest()
+    path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def test_round_trip(dataset: Path) -> None:
@@ -62,6 +71,20 @@ def test_round_trip(dataset: Path) -> None:
 def test_a_file_of_a_dataset_is_opened_through_its_manifest(dataset: Path) -> None:
     assert open_split(dataset / "val.bin", "train").files[0].tolist() == [4, 299]
     assert open_split(dataset / "val.bin", "train").tokenizer is not None
+
+
+def test_one_shard_of_several_is_opened_alone(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", {"train": [[1, 299]], "more": [[2, 3, 299]]})
+    manifest = read_manifest(folder)
+    write_manifest(
+        folder, dataclasses.replace(manifest, files=tuple(dataclasses.replace(i, split="train") for i in manifest.files))
+    )
+    whole, one, other = (open_split(folder / name, "train") for name in ("", "train.bin", "more.bin"))
+    assert [[file.tolist() for file in split.files] for split in (whole, one, other)] == [
+        [[1, 299], [2, 3, 299]], [[1, 299]], [[2, 3, 299]],
+    ]  # fmt: skip
+    assert len({split.fingerprint for split in (whole, one, other)}) == 3
+    assert (one.tokenizer, other.documents) == (whole.tokenizer, 1)
 
 
 def test_fingerprint_follows_the_tokens_not_the_place(dataset: Path, tmp_path: Path) -> None:
@@ -101,6 +124,66 @@ def test_writer_leaves_nothing_under_the_name_until_it_is_closed(tmp_path: Path)
     assert (tmp_path / "train.bin").exists()
 
 
+# ----------------------------------------------------------------------------------------------------- where documents end
+
+
+@pytest.fixture
+def indexed(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "indexed", {"train": [[1, 2, 299], [3, 299], [299]], "val": [[4, 299]]}, eot_id=299)
+
+
+def test_the_index_says_where_documents_end(indexed: Path) -> None:
+    split = open_split(indexed, "train")
+    assert split.document_ends is not None
+    assert [ends.tolist() for ends in split.document_ends] == [[3, 5, 6]]
+    assert not split.document_ends[0].flags.writeable
+    saved = np.load(indexed / "train.idx.npy")
+    assert (saved.dtype, saved.tolist()) == (np.dtype("<u8"), [3, 5, 6])
+    assert (indexed / "train.idx.npy").stat().st_size == 128 + 8 * 3
+
+
+def test_several_documents_may_come_at_once_and_in_parts(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "x.bin", "train", "uint16", 300, eot_id=299)
+    for ids, documents in (([1], 0), ([2, 299, 3, 3, 299, 4], 2), ([], 0), ([299], 1)):
+        writer.append(np.array(ids, dtype=np.uint32), documents)
+    info = writer.close()
+    assert np.load(tmp_path / "x.idx.npy").tolist() == [3, 6, 8]
+    assert (info.documents, info.index, info.index_sha256) == (3, "x.idx.npy", sha256_of(tmp_path / "x.idx.npy"))
+
+
+def test_a_document_without_its_end_is_refused(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "x.bin", "train", "uint16", 300, eot_id=299)
+    writer.append(np.array([1, 2]))
+    with pytest.raises(DataError, match="1 documents, but 0 end-of-text ids"):
+        writer.close()
+    writer.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 152, b"\0" * 160], ids=["empty", "zeros", "longer"])
+def test_a_damaged_index_is_refused(indexed: Path, damage: bytes) -> None:
+    (indexed / "train.idx.npy").write_bytes(damage)
+    with pytest.raises(DataError, match=r"train\.idx\.npy (is \d+ bytes long instead of 152|was changed)"):
+        open_split(indexed, "train")
+    assert open_split(indexed, "val").documents == 1
+
+
+def test_a_dataset_from_before_there_were_indices_and_hashes_of_samples_opens(dataset: Path) -> None:
+    path = dataset / "manifest.json"
+    document = json.loads(path.read_text())
+    for key in ("sha256", "tokenizer_files"):
+        del document[key]
+    for info in document["files"]:
+        for key in ("sampled", "index", "index_sha256"):
+            del info[key]
+    before = open_split(dataset, "train").fingerprint
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    split = open_split(dataset, "train")
+    assert split.files[0].tolist() == [1, 2, 299, 3, 299]
+    assert (split.fingerprint, split.document_ends) == (before, None)
+    assert read_manifest(dataset, to_the_byte=True).files[0].index == ""
+
+
 # ------------------------------------------------------------------------------------------------------ damaged datasets
 
 
@@ -122,6 +205,74 @@ def test_missing_manifest(dataset: Path) -> None:
     (dataset / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"not a token dataset, or prep did not finish.*python -m prep\.tokenize"):
         open_split(dataset, "train")
+
+
+def test_an_incomplete_dataset_is_not_taken_for_token_files(indexed: Path) -> None:
+    (indexed / "manifest.json").unlink()
+    (indexed / "tokenizer" / "spec.json").unlink()
+    (indexed / "tokenizer").rmdir()
+    with pytest.raises(DataError, match="not a token dataset, or prep did not finish"):
+        open_split(indexed, "train")
+    for path in indexed.glob("*.idx.npy"):  # control: without any sign of prep, it is a folder of bare files
+        path.unlink()
+    assert open_split(indexed, "train").tokens == 6
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_flipped_byte_of_a_file_is_seen_when_it_is_opened(indexed: Path, split: str) -> None:
+    for path in (indexed / f"{split}.bin", indexed / f"{split}.idx.npy"):
+        content = path.read_bytes()
+        for place in range(len(content)):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
+            with pytest.raises(DataError, match=r"was changed after it was written"):
+                open_split(indexed, split)
+        path.write_bytes(content)
+        open_split(indexed, split)  # control
+
+
+def test_every_flipped_byte_of_a_manifest_is_seen(indexed: Path) -> None:
+    path = indexed / "manifest.json"
+    content = path.read_bytes()
+    meant_nothing = 0
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x02]) + content[place + 1 :])
+        with pytest.raises(DataError):
+            read_manifest(indexed, to_the_byte=True)
+        try:
+            meant_nothing += read_manifest(indexed) is not None  # a space that became another kind of white space, say
+        except DataError:
+            continue
+    assert meant_nothing < len(content) / 20
+    path.write_bytes(content)
+    read_manifest(indexed, to_the_byte=True)  # control
+
+
+def test_a_large_file_is_checked_by_its_sample(indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_HASHED_AT_OPEN", 0)
+    monkeypatch.setattr(shards, "sha256_of", None)  # control: whoever hashed the whole file would fail
+    assert open_split(indexed, "val").tokens == 2
+    (indexed / "val.bin").write_bytes(b"\1\0\2\0")
+    with pytest.raises(DataError, match=r"val\.bin was changed after it was written"):
+        open_split(indexed, "val")
+
+
+def test_the_sample_covers_the_size_both_ends_and_places_between(tmp_path: Path) -> None:
+    path, size = tmp_path / "x", 20_000_000
+    content = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    content.tofile(path)
+    hashes = {sampled_sha256(path)}
+    middle = 31 * (size - 65_536) // 63
+    for place in (0, 65_535, middle + 5, size - 1):
+        changed = content.copy()
+        changed[place] ^= 1
+        changed.tofile(path)
+        hashes.add(sampled_sha256(path))
+    content[:-2].tofile(path)
+    hashes.add(sampled_sha256(path))
+    assert len(hashes) == 6
+    small = tmp_path / "y"
+    small.write_bytes(b"")
+    assert sampled_sha256(small) != sampled_sha256(path)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -191,16 +342,12 @@ def test_empty_bare_file(tmp_path: Path) -> None:
         open_split(tmp_path / "x.bin", "train")
 
 
-@pytest.mark.parametrize(("magic", "dtype"), [(20240520, "<u2"), (20240801, "<u4")])
-def test_llmc_header(tmp_path: Path, magic: int, dtype: str) -> None:
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, 1, 4
-    path = tmp_path / "x.bin"
-    path.write_bytes(header.tobytes() + np.array([5, 6, 7, 8], dtype=dtype).tobytes())
-    assert open_split(path, "train").files[0].tolist() == [5, 6, 7, 8]
-
-
-def test_npy_file(tmp_path: Path) -> None:
-    np.save(tmp_path / "x.npy", np.arange(4, dtype=np.uint16))
-    with pytest.raises(DataError, match=r"NumPy \.npy file; write its ids with ndarray\.tofile"):
-        open_split(tmp_path / "x.npy", "train")
+def test_the_splits_in_a_path(dataset: Path, tmp_path: Path) -> None:
+    assert splits_in(dataset) == ["train", "val"]
+    assert splits_in(dataset / "train.bin") == []
+    for names, found in ((("a.bin", "b.bin"), []), (("x_train.bin", "x_val.bin"), ["train", "val"]), (("train.bin",), [])):
+        folder = tmp_path / "-".join(names)
+        folder.mkdir()
+        for name in names:
+            np.arange(4, dtype="<u2").tofile(folder / name)
+        assert splits_in(folder) == found
