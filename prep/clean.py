@@ -236,6 +236,13 @@ def cleaned(reader: Reader, cleaning: Cleaning) -> Reader:
     return Cleaned(dataclasses.replace(reader, cut=False) if isinstance(reader, WholeText) else reader, cleaning)
 
 
+def summary_of(tally: Tally) -> dict[str, Any]:
+    """What cleaning did, for a manifest: files, bytes before and after, and the files that were left as they were."""
+    kept = sorted(path for path, change in tally.files.items() if change.kept)
+    before, after = (sum(getattr(change, name) for change in tally.files.values()) for name in ("before", "after"))
+    return {"files": len(tally.files), "bytes_before": before, "bytes_after": after, "left_as_they_were": kept[:1000]}
+
+
 def report_lines(tally: Tally | dict[str, Any], most: int = 12) -> list[str]:
     """What cleaning did, to print: the sum, what was left out by which limit, and the files, the most changed first."""
     if isinstance(tally, dict):

@@ -87,7 +87,15 @@ class PrepConfig:
         refuse(
             (self.workers is not None and self.workers < 1, f"workers: at least 1, got {self.workers}"),
             (self.unit_bytes is not None and self.unit_bytes < 1, f"unit_bytes: at least 1, got {self.unit_bytes}"),
+            (self.max_document < 1, f"max_document: at least 1, got {self.max_document}"),
+            (self.max_expansion < 1, f"max_expansion: at least 1, got {self.max_expansion:g}"),
+            *(
+                (value is not None and not 0 <= value <= 1, f"{key}: a share from 0 to 1, got {value}")
+                for key, value in (("min_letters", self.min_letters), ("max_repeated", self.max_repeated))
+            ),
+            (self.unwrap and self.clean != "gutenberg", "unwrap: goes with --clean gutenberg only"),
         )
+        _ = parse_count("limit", self.limit)
         _ = self.val_share, self.shard_tokens
 
     @property

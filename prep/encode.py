@@ -27,7 +27,7 @@ from prep.split import TRAIN, VAL, SplitRule
 from prep.units import Unit
 
 SPLITS = (TRAIN, VAL)
-BLOCK_IDS = 4_000_000
+BLOCK_IDS = 500_000
 ROW = np.dtype([("tokens", "<u4"), ("utf8_bytes", "<u4"), ("split", "u1"), ("ends", "u1")])
 _TAIL = 16
 _MAGIC = b"prepunit"

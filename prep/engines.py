@@ -77,6 +77,7 @@ DIFFERING = tuple(
         "323b0-33479",
     ]
 )
+_RENEWED_AFTER = 128_000_000  # bytes of text, behind which a process gives back the words that gigatoken has kept
 _LONG_TEXT = 400_000  # bytes; no shorter text can hold a run of white space at which tiktoken gives up (a million characters)
 _WHITE = rb"(?:[\s\x1c-\x1f]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"
 _IN_A_RUN = re.compile(rb"[\x80-\xbf]{0,2}" + _WHITE + b"{20}")
@@ -131,13 +132,11 @@ class GigatokenEngine:
     def __init__(self, tokenizer: Tokenizer, folder: Path) -> None:
         if reason := why_not_gigatoken(tokenizer):
             raise ConfigError(f"--engine gigatoken: {reason}")
-        import gigatoken
-
         assert isinstance(tokenizer, BpeTokenizer)
         self.tokenizer = tokenizer
         self._reference = TiktokenEngine(tokenizer)
-        loaded = gigatoken.Tokenizer.from_tiktoken(folder / RANKS_FILE, SCHEMES[tokenizer.pattern], {})
-        self._encode = loaded.backend.encode
+        self._ranks = (folder / RANKS_FILE).read_bytes()
+        self._renew()
         for text in (PROBE, PROBE.upper(), PROBE[::-1]):
             if not np.array_equal(self._encode(text.encode()), tokenizer.encode(text)):
                 raise ConfigError(
@@ -145,7 +144,24 @@ class GigatokenEngine:
                 )
 
     def encode(self, data: bytes) -> np.ndarray:
-        return self._reference.encode(data) if may_differ(data) else self._encode(data)
+        if may_differ(data):
+            return self._reference.encode(data)
+        self._left -= len(data)
+        if self._left < 0:
+            self._renew()
+        return self._encode(data)
+
+    def _renew(self) -> None:
+        """Load it anew: it keeps every word that it has seen, and a corpus has no end of words."""
+        import gigatoken
+
+        assert isinstance(self.tokenizer, BpeTokenizer)
+        self._encode: Any = None  # the old one goes before the new one comes
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / RANKS_FILE
+            path.write_bytes(self._ranks)
+            self._encode = gigatoken.Tokenizer.from_tiktoken(path, SCHEMES[self.tokenizer.pattern], {}).backend.encode
+        self._left = _RENEWED_AFTER
 
 
 def may_differ(data: bytes) -> bool:

@@ -66,10 +66,7 @@ class _Zstandard:
     _FED = 1024
 
     def __init__(self) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise ConfigError("reading .zst files needs zstandard: pip install 'accel_pretrain[data]'") from None
+        zstandard = _zstandard()
         self._error: type[Exception] = zstandard.ZstdError
         self._stream: Any = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         self._waiting, self.unused_data = b"", b""
@@ -93,6 +90,14 @@ class _Zstandard:
         return b"".join(out)
 
 
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise ConfigError("reading .zst files needs zstandard: pip install 'accel_pretrain[data]'") from None
+    return zstandard
+
+
 _UNPACKERS: dict[str, type[Any]] = {
     ".gz": _Gzip, ".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor, ".zst": _Zstandard,
 }  # fmt: skip
@@ -105,6 +110,10 @@ class Packed:
     inner: TextReader
     suffix: str
     max_expansion: float = MAX_EXPANSION
+
+    def __post_init__(self) -> None:
+        if self.suffix == ".zst":
+            _zstandard()  # or say so before anything is begun
 
     def pieces(self, path: str, size: int, unit_bytes: int) -> Iterator[Piece]:
         yield Piece(path, 0, size, self, weight=_TYPICAL_EXPANSION * size)

@@ -137,21 +137,21 @@ class JsonLines(_Text):
             yield Piece(path, start, stop, self)
 
     def parse(self, chunks: Iterable[bytes], path: str, offset: int, packing: str | None) -> Iterator[Document | BadDocument]:
-        key = json.dumps(self.column).encode()
+        decoder = json.JSONDecoder(object_pairs_hook=self._once)
         for begin, line, _ in _records(chunks, _LINE_END, self.largest):
             if line is None:
                 yield _too_long(path, offset + begin, packing, self.largest)
             elif line.strip():
-                yield self._document(line, path, offset + begin, packing, twice=line.count(key) > 1)
+                yield self._document(decoder, line, path, offset + begin, packing)
 
-    def _document(self, line: bytes, path: str, offset: int, packing: str | None, twice: bool) -> Document | BadDocument:
+    def _document(
+        self, decoder: json.JSONDecoder, line: bytes, path: str, offset: int, packing: str | None
+    ) -> Document | BadDocument:
         clean = decoded(line, path, offset, packing)
         if isinstance(clean, BadDocument):
             return clean
         try:
-            if twice:  # the key, or a text that looks like it
-                json.loads(clean, object_pairs_hook=self._once)
-            row = json.loads(clean)
+            row = decoder.decode(clean.decode())
             if not isinstance(row, dict):
                 reason = f"expected one JSON object per line, found {type(row).__name__}"
             elif self.column not in row:
@@ -161,7 +161,7 @@ class JsonLines(_Text):
             elif "\0" in text:
                 reason = f"a NUL character in column {self.column!r}: not text"
             else:
-                data = text.encode().replace(b"\r\n", b"\n")
+                data = _plain_line_ends(text.encode())
                 return Document(data, digest_of(data), offset=offset, packing=packing)
         except UnicodeEncodeError:
             reason = f"half a surrogate pair in column {self.column!r}: not text"
@@ -196,7 +196,11 @@ def decoded(data: bytes, path: str, offset: int, packing: str | None = None, pla
         return bad(at, f"byte {at} (0x{data[error.start]:02x}) is not UTF-8; convert it with iconv")
     if offset == 0:
         data = data.removeprefix(_UTF8_BOM)
-    return data.replace(b"\r\n", b"\n")
+    return _plain_line_ends(data)
+
+
+def _plain_line_ends(data: bytes) -> bytes:
+    return data.replace(b"\r\n", b"\n") if b"\r" in data else data  # to look is much cheaper than to replace
 
 
 def _document(data: bytes, path: str, offset: int, packing: str | None) -> Document | BadDocument:

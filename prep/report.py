@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from accel_pretrain import __version__
 from accel_pretrain.shards import Manifest
 from accel_pretrain.tokenizer import Tokenizer
-from prep.clean import report_lines
+from prep.clean import report_lines, summary_of
 from prep.config import DEMO_OUT, PrepConfig, what_decides
 from prep.encode import Job
 from prep.sources import Source
@@ -65,6 +65,7 @@ def make_manifest(config: PrepConfig, job: Job, tokenizer: Tokenizer, corpus: Co
             "sources": [_describe_source(source, split) for source, split in named],
             "split": "given files" if config.val_file else corpus.rule.describe(),
             "counts": counts,
+            **({"cleaning": summary_of(totals.tally)} if totals.tally.files else {}),
             **({"left_out": dict(sorted(totals.tally.left_out.items()))} if totals.tally.left_out else {}),
             "inputs_sha256": totals.inputs.hexdigest(),
             "versions": _versions(),

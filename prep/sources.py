@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accel_pretrain.errors import ConfigError, DataError
+from accel_pretrain.errors import DataError
 from accel_pretrain.shards import MANIFEST
 from prep import hub
 from prep.clean import Cleaning, Filters, cleaned
 from prep.columns import ArrowRows, BrokenFile, ParquetRows, SeparatedValues, arrow_problem, parquet_problem
-from prep.config import PrepConfig
+from prep.config import PrepConfig, parse_count
 from prep.packed_files import MAGIC, SUFFIXES, Packed
 from prep.readers import JsonLines, Reader, SeparatedText, TextReader, WholeText
 
@@ -51,7 +51,6 @@ _CANNOT_READ = {
     ".docx": "extract its text first: pandoc -t plain",
     ".json": "with one object per line add --format jsonl, as plain text add --format text",
 }
-_SIZES = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
@@ -101,17 +100,7 @@ def find_sources(names: Sequence[str], config: PrepConfig) -> list[Source]:
 
 def parse_size(text: str | None) -> int | None:
     """``500M`` or ``2_000_000`` as a number of bytes; raises :class:`ConfigError`."""
-    if text is None:
-        return None
-    plain = text.strip().upper().removesuffix("B")
-    unit = _SIZES.get(plain[-1:], 1)
-    try:
-        size = float(plain.removesuffix(plain[-1:]) if unit > 1 else plain) * unit
-    except ValueError:
-        size = 0
-    if not 1 <= size < float("inf"):
-        raise ConfigError(f"limit: expected a number of bytes, such as 500M or 20G, got {text!r}")
-    return int(size)
+    return parse_count("limit", text)
 
 
 def cleaning_of(config: PrepConfig) -> Cleaning:

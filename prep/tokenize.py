@@ -109,6 +109,7 @@ def prepare(config: PrepConfig, command: str) -> None:
                 "add --overwrite to replace it, or give another -o"
             )
         shop.remove_if_free()
+        shutil.rmtree(hub.stream_folder(config.out), ignore_errors=True)
         print(f"{config.out}: already there, made from the same text with the same options; nothing to do")
         print_next(config)
         return

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from prep.split import TRAIN, VAL
 from tests.test_prep import ROOT, assert_same_files, command, documents_of, manifest_of, stories, visible, write_jsonl
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
+RUN_MODULE = "import prep.tokenize; prep.tokenize.main()"
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
@@ -299,6 +301,39 @@ def test_text_that_changed_meanwhile_is_read_again(corpus: Path, tmp_path: Path)
     assert any(text.startswith("STORY 0.3:") for text in documents_of(tmp_path / "out", TRAIN))
 
 
+def test_what_was_skipped_is_an_error_for_a_run_that_must_not_skip(corpus: Path, tmp_path: Path) -> None:
+    own = tmp_path / "in.jsonl"
+    own.write_bytes(b"oops\n" + corpus.read_bytes())
+    with half_done(own, tmp_path / "out", "--on_error", "skip"):
+        pass
+    result = run(own, tmp_path / "out")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {own}:1: not valid JSON (")
+    result = run(own, tmp_path / "out", "--on_error", "skip")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith("going on: ")
+    assert manifest_of(tmp_path / "out")["prep"]["counts"]["bad"] == 1
+
+
+def test_a_terminal_sees_a_bar_and_a_log_sees_lines(corpus: Path, tmp_path: Path) -> None:
+    slow = f"import prep.progress; prep.progress.SECONDS_BETWEEN_LINES = 0.0; {RUN_MODULE}"
+    words = [sys.executable, "-c", slow, *words_for(corpus, tmp_path / "log", "--workers", 1)[3:]]
+    log = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60).stderr
+    assert re.fullmatch(r"(tokenize: \d+%, [\d.]+ MB/s, [\d.]+ Mtok/s, \d+ s left\n)+", log)
+    words = words_for(corpus, tmp_path / "bar", "--workers", 1)
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how the end of a terminal is told
+            while data := os.read(ours, 4096):
+                shown += data
+        os.close(ours)
+    assert process.returncode == 0
+    assert re.search(rb"tokenize: .*\d+%.*Mtok/s\]", shown)
+
+
 def damage_journal(work: Path) -> None:
     journal = work / "assembled.jsonl"
     journal.write_bytes(journal.read_bytes()[:-7])
@@ -354,9 +389,6 @@ def test_a_disk_that_is_full_keeps_what_is_done(corpus: Path, expected: Path, tm
     result = run(corpus, tmp_path / "out", "--workers", 2)
     assert result.stderr.startswith("going on: ")
     assert_same_files(expected, tmp_path / "out")
-
-
-RUN_MODULE = "import prep.tokenize; prep.tokenize.main()"
 
 
 def test_a_disk_that_is_too_small_is_refused_at_once(corpus: Path, tmp_path: Path) -> None:

@@ -403,3 +403,16 @@ def test_saved_ranks_load_again(tmp_path: Path, learned: dict[bytes, int]) -> No
         assert load_tokenizer(tmp_path).vocab_size == 3001
     with pytest.raises(DataError):
         load_tokenizer(tmp_path / "nowhere")
+
+
+@needs_gigatoken
+def test_giving_memory_back_changes_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, text = any_engine(), "Don't we all, 12345 of us?  中文 é"
+    monkeypatch.setattr(engines, "_RENEWED_AFTER", 100)
+    engine._renew()
+    renewed = 0
+    for _ in range(20):
+        before = engine._encode
+        assert engine.encode(text.encode()).tolist() == expected(engine.tokenizer, text)
+        renewed += engine._encode is not before
+    assert 5 <= renewed <= 10
