@@ -44,7 +44,10 @@ class SamplingConfig:
                 self.min_p is not None and not 0 <= self.min_p <= 1,
                 f"min_p: must be at least 0 and at most 1, or null, got {self.min_p}",
             ),
-            (not self.repetition_penalty > 0, f"repetition_penalty: must be positive, got {self.repetition_penalty}"),
+            (
+                not 0.01 <= self.repetition_penalty <= 100,
+                f"repetition_penalty: must be between 0.01 and 100, got {self.repetition_penalty}",
+            ),
             (not 0 <= self.seed < 2**63, f"seed: must be at least 0 and below 2^63, got {self.seed}"),
         )
 

@@ -88,6 +88,7 @@ class Scorer:
     ) -> None:
         self.accelerator, self.model, self.tokenizer = accelerator, model, tokenizer
         self.batch_size, self.context_length = batch_size, context_length
+        self.prefix_id = tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id  # as lm-eval's own adapter does
         self._has_warned = False
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
@@ -96,7 +97,7 @@ class Scorer:
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         """ln p(text) of whole texts that each begin a document."""
-        answers = self._score([([self.tokenizer.eot_id], self._encode(text)) for text in texts])
+        answers = self._score([([self.prefix_id], self._encode(text)) for text in texts])
         return [nats for nats, _ in answers]
 
     def generate_until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -108,7 +109,7 @@ class Scorer:
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
         if not kept:
-            return [self.tokenizer.eot_id], self._encode(continuation)
+            return [self.prefix_id], self._encode(continuation)
         context_ids, whole = self._encode(kept), self._encode(kept + continuation)
         return context_ids, whole[len(context_ids) :] or self._encode(continuation)
 
@@ -177,7 +178,7 @@ class Scorer:
             room = max(1, self.context_length // 2)
             self._warn(f"a task wants {sampling.max_new_tokens} new tokens of a model with a context of {self.context_length}: "
                        f"it sees the last {room} of a prompt, and less of it as it writes")  # fmt: skip
-        prompt = (self._encode(context) or [self.tokenizer.eot_id])[-room:]
+        prompt = (self._encode(context) or [self.prefix_id])[-room:]
         new_ids = generate(self.model, prompt, sampling, vocab_size=self.tokenizer.vocab_size, stop_id=self.tokenizer.eot_id)
         decoder, written = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
         for id in new_ids:

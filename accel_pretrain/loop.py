@@ -254,7 +254,7 @@ def show_sample(run: TrainingRun, state: TrainState) -> None:
     try:
         with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
             for prompt in settings.prompts:
-                ids = [int(id) for id in tokenizer.encode(prompt)] or [tokenizer.eot_id]
+                ids = tokenizer.encode_prompt(prompt)
                 new = generate(run.module, ids, sampling, vocab_size=tokenizer.vocab_size, stop_id=tokenizer.eot_id)
                 texts.append((prompt, tokenizer.decode(list(new))))
     except (PretrainError, torch.OutOfMemoryError) as error:  # a sample must not end a run

@@ -116,7 +116,7 @@ def write_samples(
     ``samples`` are pairs of a prompt and a number among the samples of that prompt. The draws depend on the seed, the prompt
     and that number: on no other sample.
     """
-    prompts = [[int(id) for id in tokenizer.encode(prompt)] or [tokenizer.eot_id] for prompt, _ in samples]
+    prompts = [tokenizer.encode_prompt(prompt) for prompt, _ in samples]
     longest = model.config.context_length
     for ids, (_, repeat) in zip(prompts, samples, strict=True):
         if len(ids) > longest and repeat == 0:

@@ -13,21 +13,22 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from accel_pretrain.errors import DataError
+from accel_pretrain.token_text import byte_alphabet as byte_alphabet
+from accel_pretrain.token_text import decode_token, decoder_steps, first_id, never_found
 
 SPEC_FILE = "spec.json"
 RANKS_FILE = "ranks.tiktoken"
 DEFINITION_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+EXTRA_FILES = ("chat_template.jinja", "special_tokens_map.json")  # kept beside these two for the way back
 END_OF_TEXT = "<|endoftext|>"
 LARGEST = 1 << 24  # no vocabulary has so many ids: an id beyond it is damage, and would ask for terabytes of embeddings
 # GPT-2's pre-tokenisation pattern (Radford et al. 2019), in tiktoken's possessive spelling: same splits, no backtracking.
@@ -37,12 +38,14 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 class Tokenizer(ABC):
     """Encodes and decodes; ids run from 0 to ``vocab_size - 1``, and ``eot_id`` ends every document.
 
+    ``bos_id`` is the token that a model of this tokenizer expects before a text, if that is another convention than ours.
     ``fingerprint`` is a SHA-256 over everything that decides the ids: two tokenizers with equal fingerprints are the same.
     """
 
     name: str
     vocab_size: int
     eot_id: int
+    bos_id: int | None = None
     fingerprint: str
 
     @abstractmethod
@@ -60,6 +63,11 @@ class Tokenizer(ABC):
     def encode_document(self, text: str) -> np.ndarray:
         """The ids of ``text`` followed by the end-of-text id (uint32)."""
         return np.append(self.encode(text), np.uint32(self.eot_id))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """What a model reads before it goes on with ``text``: never nothing, for an end of text begins a new document."""
+        begin = [] if self.bos_id is None else [self.bos_id]
+        return begin + self.encode(text).tolist() or [self.eot_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -154,25 +162,42 @@ class HfTokenizer(Tokenizer):
     """Any other ``tokenizer.json`` of the Hugging Face world: SentencePiece's models with byte fallback, normalizers.
 
     ``definition`` is the content of that file, which is kept to the byte; ``settings`` is that of the ``tokenizer_config.json``
-    beside it, for the way back. Nothing is added before or after a text. Where the tokenizer puts a space before every text,
-    decoding shows it, because what is decoded is mostly the continuation of another text.
+    beside it and ``extras`` that of EXTRA_FILES, for the way back. Nothing is added before or after a text. Where the tokenizer
+    puts a space before every text, decoding shows it, because what is decoded is mostly the continuation of another text.
+    ``vocab_size`` leaves out special tokens after all others: text never becomes one, and models may have no row for them.
     """
 
-    def __init__(self, name: str, definition: bytes, eot_id: int, settings: bytes | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        definition: bytes,
+        eot_id: int,
+        settings: bytes | None = None,
+        extras: Mapping[str, bytes] | None = None,
+    ) -> None:
         self.name, self.definition, self.eot_id, self.settings = name, definition, eot_id, settings
+        self.extras = dict(extras or {})
         try:
             import tokenizers
         except ImportError:
             raise DataError(f"tokenizer {name}: a tokenizer.json needs tokenizers: pip install 'accel_pretrain[hf]'") from None
         try:
             plan = json.loads(definition)
-            steps = _decoder_steps(plan["decoder"])
+            steps = decoder_steps(plan["decoder"])
             self.backend = tokenizers.Tokenizer.from_buffer(definition)
-            self._bytes_of = {id: _decode_token(token, steps) for token, id in self.backend.get_vocab().items()}
+            self.backend.no_padding()
+            self.backend.no_truncation()
+            self.backend.encode_special_tokens = True
+            self._bytes_of = {id: decode_token(token, steps) for token, id in self.backend.get_vocab().items()}
             added = {id: token.content for id, token in self.backend.get_added_tokens_decoder().items()}
             if added != {token["id"]: token["content"] for token in plan["added_tokens"]} or max(self._bytes_of) >= LARGEST:
                 raise ValueError("its added tokens have impossible ids")
             dropout = plan["model"].get("dropout")
+            self.bos_id = first_id(self.backend)
+            kept = {eot_id, eot_id if self.bos_id is None else self.bos_id}
+            if not kept - {eot_id} <= self._bytes_of.keys():
+                raise ValueError("its post_processor adds a token that it does not have")
+            never = never_found(self.backend)
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, from the library
                 raise
@@ -181,10 +206,7 @@ class HfTokenizer(Tokenizer):
             raise DataError(f"tokenizer {name} drops merges at random; set model.dropout to null in its tokenizer.json")
         if eot_id not in self._bytes_of:
             raise DataError(f"tokenizer {name} has no token {eot_id}, which must end every document")
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        self.backend.encode_special_tokens = True
-        self.vocab_size = 1 + max(self._bytes_of)
+        self.vocab_size = 1 + max(self._bytes_of.keys() - (never - kept))
         self.eot = self.backend.id_to_token(eot_id) or ""
         self._bytes_of |= {id: text.encode() for id, text in added.items()} | {eot_id: b""}
         self.fingerprint = hashlib.sha256(f"accel_pretrain hf {eot_id}\n".encode() + definition).hexdigest()
@@ -197,7 +219,7 @@ class HfTokenizer(Tokenizer):
             heads, tails = ["", *[right] * (len(parts) - 1)], [*[left] * (len(parts) - 1), ""]
             pieces = ("".join(piece) for piece in zip(heads, parts, tails, strict=True))
             ids = np.concatenate([self._encode_piece(piece) for piece in pieces])
-        if self.eot_id in ids:
+        if self.eot_id in ids or ids.max(initial=0) >= self.vocab_size:
             raise DataError(f"tokenizer {self.name} takes a part of this text for the end of a text: {text[:80]!r}")
         return ids
 
@@ -212,36 +234,10 @@ class HfTokenizer(Tokenizer):
         (folder / DEFINITION_FILE).write_bytes(self.definition)
         if self.settings is not None:
             (folder / SETTINGS_FILE).write_bytes(self.settings)
+        for name, content in self.extras.items():
+            (folder / name).write_bytes(content)
         spec = {"kind": "hf", "name": self.name, "eot_id": self.eot_id, "fingerprint": self.fingerprint}
         (folder / SPEC_FILE).write_text(json.dumps(spec, indent=2) + "\n")
-
-
-def byte_alphabet() -> list[str]:
-    """How byte-level BPE writes each of the 256 bytes as one visible character (Radford et al. 2019)."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(0x100)
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
-
-
-def _decoder_steps(decoder: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    if odd := {step["type"] for step in steps} - {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}:
-        raise ValueError(f"its tokens do not stand for text that can be put together token by token: decoder {odd.pop()}")
-    return steps
-
-
-def _decode_token(token: str, steps: Sequence[Mapping[str, Any]]) -> bytes:
-    """What one token of a ``tokenizer.json`` stands for in the middle of a text: Strip is for the ends, Fuse joins."""
-    for step in steps:
-        if step["type"] == "ByteLevel" and all(character in _BYTE_OF for character in token):
-            return bytes(_BYTE_OF[character] for character in token)
-        if step["type"] == "ByteFallback" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
-            return bytes([int(token[3:5], 16)])
-        if step["type"] == "Metaspace":
-            token = token.replace(step["replacement"], " ")
-        if step["type"] == "Replace":
-            token = token.replace(step["pattern"]["String"], step["content"])
-    return token.encode()
 
 
 def _utf8(text: str) -> bytes:
@@ -261,13 +257,12 @@ def _cut_whitespace(text: str, longest: int = 100_000) -> list[str]:
     return [*pieces, text[start:]]
 
 
-_BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
-
-
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """A tokenizer from a name, a ``.tiktoken`` file, or a folder written by :meth:`Tokenizer.save` (or one that holds it)."""
+    """A tokenizer from a name, a ``.tiktoken`` file, or a folder: of :meth:`Tokenizer.save`, a dataset, a checkpoint, a run."""
     path = Path(spec)
-    for folder in (path, path / "tokenizer"):
+    newest = path / "latest"  # in a run directory: a file with the name of its newest checkpoint
+    checkpoint = path / newest.read_text(encoding="utf-8").strip() if newest.is_file() else path
+    for folder in (path, path / "tokenizer", checkpoint / "tokenizer"):
         if (folder / SPEC_FILE).is_file():
             return _load_saved(folder)
     if path.suffix == ".tiktoken" or path.exists():
@@ -284,7 +279,9 @@ def _load_saved(folder: Path) -> Tokenizer:
             tokenizer: Tokenizer = ByteTokenizer()
         elif spec["kind"] == "hf":
             settings = (folder / SETTINGS_FILE).read_bytes() if (folder / SETTINGS_FILE).exists() else None
-            tokenizer = HfTokenizer(spec["name"], (folder / DEFINITION_FILE).read_bytes(), int(spec["eot_id"]), settings)
+            extras = {name: (folder / name).read_bytes() for name in EXTRA_FILES if (folder / name).exists()}
+            definition = (folder / DEFINITION_FILE).read_bytes()
+            tokenizer = HfTokenizer(spec["name"], definition, int(spec["eot_id"]), settings, extras)
         else:
             ranks, eot = _read_ranks(folder / RANKS_FILE, gaps=True), spec.get("eot", END_OF_TEXT)
             tokenizer = BpeTokenizer(spec["name"], ranks, spec["pattern"], spec["special_tokens"], eot)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +34,7 @@ from accel_pretrain.config import Plan, RunConfig, Splits, make_plan, open_split
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.loop import RULE, TrainingRun, fit
-from accel_pretrain.models import Transformer
+from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.runtime import StopSignal, build_accelerator, describe_runtime, seed_everything, together
 from accel_pretrain.tokenizer import load_tokenizer
 from accel_pretrain.trackers import RunLog
@@ -76,11 +76,15 @@ def load_config(line: CommandLine) -> RunConfig:
     config = load(RunConfig, file, overrides)
     if config.checkpoint.init_from is None:
         return config
-    shape = to_plain(read_model_config(find_origin(config.checkpoint)))
-    beneath = {f"model.{key}": Entry(value, str(config.checkpoint.init_from)) for key, value in shape.items()}
+    shape = read_model_config(find_origin(config.checkpoint)).resolved()
+    origin = str(config.checkpoint.init_from)
+    beneath = {f"model.{key}": Entry(value, origin) for key, value in to_plain(shape).items()}
     config = load(RunConfig, file, overrides, beneath)
-    refuse_other_shape(config, shape)
-    return config
+    model = replace(config.model, vocab_size=config.model.vocab_size or shape.vocab_size)
+    if model.rope_scaling == shape.rope_scaling and model.rope_original_context is None:  # else it would follow context_length
+        model = replace(model, rope_original_context=shape.rope_original_context)
+    refuse_other_shape(origin, model.resolved(), shape)
+    return replace(config, model=model)
 
 
 def find_origin(config: CheckpointConfig) -> Path:
@@ -95,17 +99,17 @@ def find_origin(config: CheckpointConfig) -> Path:
         return own
 
 
-def refuse_other_shape(config: RunConfig, shape: Mapping[str, Any]) -> None:
+def refuse_other_shape(origin: str, wanted: ModelConfig, shape: ModelConfig) -> None:
     """Raise :class:`ConfigError` where the config asks for another shape than that of the weights to begin with."""
-    now = to_plain(config.model)
     free = {"dropout", "init_std", "zero_init", "context_length"}
+    now, there = to_plain(wanted), to_plain(shape)
     problems = [
-        f"model.{key}: {config.checkpoint.init_from} has {shape[key]}, this config says {now[key]}"
-        for key in shape
-        if now[key] != shape[key] and key not in free
+        f"model.{key}: {origin} has {there[key]}, this config says {now[key]}"
+        for key in there
+        if now[key] != there[key] and key not in free
     ]
-    if config.model.position == "learned" and now["context_length"] > shape["context_length"]:
-        problems.append(f"model.context_length: {config.checkpoint.init_from} has only {shape['context_length']} positions")
+    if wanted.position == "learned" and wanted.context_length > shape.context_length:
+        problems.append(f"model.context_length: {origin} has only {shape.context_length} positions")
     if problems:
         raise ConfigError([*problems, "leave these out: the shape is the one of init_from"])
 

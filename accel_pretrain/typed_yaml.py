@@ -428,10 +428,10 @@ def load(
 ) -> T:
     """Build ``cls`` from its defaults, then ``beneath``, ``file``, ``overrides``; the last one that names a key wins."""
     keys, problems = _Keys(cls), list[str]()
-    entries: dict[str, Entry] = dict(beneath)
+    entries: dict[str, Entry] = {}
     if file is not None:
         _flatten(keys, read_mapping(file), str(file), entries, problems)
-    entries.update(overrides)
+    entries = {**beneath, **entries, **dict(overrides)}
     config = _build(cls, "", entries, problems)
     if problems or config is None:
         raise ConfigError(problems)

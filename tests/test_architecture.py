@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each level may import the levels above it in this list, and its own.
 LEVELS = (
     ("errors",),
-    ("typed_yaml", "manifest", "token_formats", "shards", "mixture", "tokenizer", "permutation", "schedule"),
+    ("typed_yaml", "manifest", "token_formats", "shards", "mixture", "token_text", "tokenizer", "permutation", "schedule"),
     ("models", "loss", "optim", "data"),
     ("runtime", "metrics", "trackers", "checkpoint", "generate", "validation"),
     ("config",),

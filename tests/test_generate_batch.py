@@ -92,7 +92,7 @@ def test_streams_may_be_read_in_any_order():
 
 def test_a_repetition_penalty_counts_the_prompt_and_what_came():
     model, count = make_model(), 24
-    sampling = SamplingConfig(max_new_tokens=count, temperature=0, repetition_penalty=1e9)
+    sampling = SamplingConfig(max_new_tokens=count, temperature=0, repetition_penalty=100)
     prompts = [PROMPT, [7, 7, 7]]
     for prompt, new in zip(prompts, generate_batch(model, prompts, sampling), strict=True):
         assert len({*prompt, *new}) == len(set(prompt)) + count  # no token comes twice

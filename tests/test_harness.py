@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,27 @@ def test_windows_are_those_of_lm_eval():
         assert ours == expected
         assert [id for own, predicted in ours for id in own[-predicted:]] == ids
     assert list(windows(range(10), [10, 11], 4)) == [((7, 8, 9, 10, 11), 2)]
+
+
+def test_a_first_token_of_the_models_own_comes_before_texts_as_in_lm_eval(twins: Twins):
+    """Where there is one; else the end of a text, as in all the tests above."""
+    tokenizer, theirs = copy.copy(twins.tokenizer), copy.deepcopy(twins.their_tokenizer)
+    tokenizer.bos_id = 66
+    theirs.bos_token = theirs.convert_ids_to_tokens(66)
+    ours, other = replace(twins, tokenizer=tokenizer, their_tokenizer=theirs), twins.scorer()
+    pairs, texts = [("", "import this"), (" ", "x"), ("import", " this")], [TEXT[:40], TEXT[:900]]
+    scorer, adapter = ours.scorer(), ours.hflm
+    assert adapter.prefix_token_id == scorer.prefix_id == 66
+    found = [nats for nats, _ in scorer.loglikelihood(pairs)]
+    expected = adapter.loglikelihood(instances("loglikelihood", pairs[::2]), disable_tqdm=True)
+    assert found[::2] == pytest.approx([nats for nats, _ in expected], abs=1e-4)
+    without = [nats for nats, _ in other.loglikelihood(pairs)]
+    assert [abs(one - two) > 1e-4 for one, two in zip(found, without, strict=True)] == [True, True, False]
+    whole = adapter.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in texts]))
+    assert scorer.loglikelihood_rolling(texts) == pytest.approx(whole, abs=1e-2)
+    assert other.loglikelihood_rolling(texts) != pytest.approx(whole, abs=1e-2)
+    wish = {"until": [], "max_gen_toks": 4}
+    assert scorer.generate_until([("", wish)]) == scorer.generate_until([(tokenizer.decode([66]), wish)])
 
 
 # ------------------------------------------------------------------------------------------------- what lm-eval does not do

@@ -22,7 +22,8 @@ from accel_pretrain.hf.__main__ import main
 from accel_pretrain.hf.exporting import choose_family
 from accel_pretrain.hf.verify import probes
 from accel_pretrain.models import ModelConfig
-from accel_pretrain.tokenizer import BpeTokenizer, ByteTokenizer
+from accel_pretrain.models.rope import rope_table
+from accel_pretrain.tokenizer import BpeTokenizer, ByteTokenizer, load_tokenizer
 from tests.running import REPO, environment, launch, losses, newest
 from tests.test_hf_parity import SHAPES, family_of
 
@@ -307,6 +308,46 @@ def test_init_from_begins_with_the_very_weights(tmp_path: Path, dataset: Path):
     assert not torch.equal(other.embed_tokens.weight, imported.embed_tokens.weight)  # control
 
 
+def test_init_from_goes_with_a_config_file_and_resumes_from_its_own(tmp_path: Path, dataset: Path):
+    """A file may say what is so anyway, in other words; and the run's own config names every key of the model."""
+    run("import", hf_folder(tmp_path / "source", "llama"), "-o", tmp_path / "imported", "--tokenizer", "bytes")
+    (tmp_path / "c.yaml").write_text("model:\n  d_model: 48\n  head_dim: null\n  context_length: 16\n  dropout: 0.1\n")
+    words = ("--init_from", tmp_path / "imported", "--train_data_path", dataset, "--checkpoint_dir", tmp_path / "run")
+    assert train("--config", tmp_path / "c.yaml", *words, "--max_iters", "1") == 0
+    assert load_model(tmp_path / "run").config.context_length == 16
+    assert train("--config", tmp_path / "run" / "config.yaml", "--max_iters", "2") == 0
+    assert train("--resume_from", tmp_path / "run", "--max_iters", "3") == 0
+    assert newest(tmp_path / "run").name == "checkpoint_00000003"
+
+
+def test_init_from_with_another_context_keeps_the_rotary_frequencies(tmp_path: Path, dataset: Path):
+    shape = replace(SHAPES["llama 3.1"][1], vocab_size=V, rope_original_context=None, rope_factor=1.25)
+    checkpoint_of(tmp_path / "start", shape)
+    words = ("--init_from", tmp_path / "start", "--train_data_path", dataset, "--max_iters", "1", "--context_length", "20")
+    assert train(*words, "--checkpoint_dir", tmp_path / "run") == 0
+    before, after = load_model(tmp_path / "start"), load_model(tmp_path / "run")
+    assert torch.equal(before.rope[:, :20], after.rope)
+    assert not torch.equal(rope_table(replace(shape, context_length=20)), after.rope)  # control: unpinned, they follow it
+
+
+def test_tokenizer_of_an_imported_run_makes_data(tmp_path: Path):
+    run("import", hf_folder(tmp_path / "source", "llama"), "-o", tmp_path / "imported", "--tokenizer", "bytes")
+    assert load_tokenizer(tmp_path / "imported").fingerprint == ByteTokenizer().fingerprint
+
+
+def test_special_tokens_and_sampling_of_the_source_come_out_again(tmp_path: Path):
+    source = hf_folder(tmp_path / "source", "llama")
+    keys = json.loads((source / "config.json").read_text()) | {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
+    (source / "config.json").write_text(json.dumps(keys))
+    said = {"bos_token_id": 1, "eos_token_id": [2, 3], "temperature": 0.6, "do_sample": True}
+    (source / "generation_config.json").write_text(json.dumps(said))
+    run("import", source, "-o", tmp_path / "run")
+    assert run("export", "--checkpoint", tmp_path / "run", "-o", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == said
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [exported[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [1, [2, 3], 0]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -419,6 +460,9 @@ def test_export_whose_logits_differ_is_not_published(
             "of the type 'yarn' are not supported",
         ),
         (lambda keys, state: keys.update(quantization_config={"bits": 4}), "quantised weights"),
+        (lambda keys, state: keys.update(rope_parameters="x"), "config.json: rope_parameters must be an object, got 'x'"),
+        (lambda keys, state: keys.update(rope_parameters={"rope_theta": "x"}), "config.json: damaged"),
+        (lambda keys, state: keys.update(num_hidden_layers=10**8), "layers are not supported"),
         (lambda keys, state: keys.update(hidden_size="wide"), "config.json: d_model: expected a whole number, got 'wide'"),
         (lambda keys, state: keys.update(intermediate_size=100), "has the shape (48, 96), but the config says (48, 100)"),
         (lambda keys, state: keys.update(num_hidden_layers=4), "model.layers.3.input_layernorm.weight is missing, and 8 more"),

@@ -62,11 +62,13 @@ def test_old_files_of_another_kind_are_refused(tmp_path: Path):
         read_hf_tokenizer(tmp_path, END_OF_TEXT)
 
 
-def test_a_llama_3_becomes_a_bpe_tokenizer_with_its_own_end_of_text(tmp_path: Path):
-    tokenizer = read_hf_tokenizer(llama3_like(tmp_path))
+def test_what_is_tiktokens_kind_becomes_that_with_its_own_end_of_text(tmp_path: Path):
+    path = llama3_like(tmp_path) / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    tokenizer = read_hf_tokenizer(tmp_path)
     assert isinstance(tokenizer, BpeTokenizer)
-    assert (tokenizer.eot, tokenizer.eot_id, tokenizer.vocab_size) == ("<|end_of_text|>", 701, 703)
-    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert (tokenizer.eot, tokenizer.eot_id, tokenizer.vocab_size, tokenizer.bos_id) == ("<|end_of_text|>", 701, 703, None)
+    backend = tokenizers.Tokenizer.from_file(str(path))
     assert len(json.loads(backend.to_str())["model"]["merges"]) > len(merges_of(RANKS)[0])
     for text in itertools.islice(documents(), 0, None, 4):
         assert tokenizer.encode(text).tolist() == backend.encode(text, add_special_tokens=False).ids
@@ -74,6 +76,93 @@ def test_a_llama_3_becomes_a_bpe_tokenizer_with_its_own_end_of_text(tmp_path: Pa
     assert load_tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
     write_hf_tokenizer(tokenizer, tmp_path / "out", context_length=8)
     assert read_hf_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("eos", [None, "<|reserved|>"])
+def test_a_llama_3_keeps_its_first_token_and_its_template(eos: str | None, tmp_path: Path):
+    folder = llama3_like(tmp_path / "in")
+    own = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|reserved|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "special_tokens_map.json").write_text(json.dumps(own))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}é", encoding="utf-8")
+    tokenizer = read_hf_tokenizer(folder, eos)
+    assert isinstance(tokenizer, HfTokenizer)
+    assert (tokenizer.bos_id, tokenizer.eot_id, tokenizer.vocab_size) == (700, 701, 702) if eos is None else (700, 702, 703)
+    assert 700 not in tokenizer.encode("a <|begin_of_text|>")
+    tokenizer.save(tmp_path / "run" / "tokenizer")
+    loaded = load_tokenizer(tmp_path / "run")
+    assert (loaded.fingerprint, loaded.bos_id) == (tokenizer.fingerprint, 700)
+    write_hf_tokenizer(loaded, tmp_path / "out", context_length=77)
+    check_with_transformers(loaded, tmp_path / "out")
+    names = ["tokenizer.json", "chat_template.jinja", *["special_tokens_map.json"] * (eos is None)]
+    assert all((tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.bos_token_id, theirs.pad_token_id, theirs.eos_token) == (700, 702, eos or "<|end_of_text|>")
+    assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<|begin_of_text|>hié"
+    assert theirs("a").input_ids == [700, *tokenizer.encode("a")]
+
+
+def test_a_special_tokens_map_that_is_damaged_or_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (llama3_like(tmp_path) / "special_tokens_map.json").write_text("{")
+    with pytest.raises(DataError, match=r"special_tokens_map\.json: damaged JSON"):
+        read_hf_tokenizer(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"x": "y" * 1000}))
+    monkeypatch.setattr(hf, "LARGEST_SETTINGS", 1000)
+    with pytest.raises(DataError, match="more than 1,000 are not read"):
+        read_hf_tokenizer(tmp_path)
+
+
+def small_plan(size: int) -> dict[str, Any]:
+    """Of Gemma's kind: 3 special tokens, 256 bytes, and characters up to ``size`` tokens."""
+    plan = json.loads(sentencepiece_like(prepend=False).to_str())
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(0x61, 0x61 + size - 259))]
+    plan["model"] |= {"vocab": {name: id for id, name in enumerate(names)}, "merges": []}
+    return plan
+
+
+def added(id: int, text: str, *, special: bool = True) -> dict[str, Any]:
+    return {"id": id, "content": text, **FLAGS, "special": special}
+
+
+@pytest.mark.parametrize("in_vocab", [False, True])
+def test_a_special_token_beyond_the_vocabulary_does_not_count(in_vocab: bool, tmp_path: Path):
+    """Gemma 3 as it is published: 262,144 rows, and one more token for images."""
+    plan = small_plan(300)
+    plan["added_tokens"].append(added(300, "<image>"))
+    if in_vocab:
+        plan["model"]["vocab"]["<image>"] = 300
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plan))
+    tokenizer = read_hf_tokenizer(tmp_path, "</s>")
+    assert (tokenizer.vocab_size, tokenizer.eot_id, tokenizer.bos_id) == (300, 2, None)
+    assert tokenizer.encode("a <image> b").max() < 300
+    assert read_hf_tokenizer(tmp_path, "<image>").vocab_size == 301
+    plan["added_tokens"][-1]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plan))
+    assert read_hf_tokenizer(tmp_path, "</s>").vocab_size == 301
+    plan["added_tokens"][-1]["special"] = True
+    for single, bos, size in (("<image> $A </s>", 300, 301), ("$A </s>", None, 300)):
+        processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=[("<image>", 300), ("</s>", 2)])
+        backend = tokenizers.Tokenizer.from_str(json.dumps(plan))
+        backend.post_processor = processor
+        tokenizer = read_hf_tokenizer(save_backend(tmp_path, backend), "</s>")
+        assert (tokenizer.bos_id, tokenizer.vocab_size) == (bos, size)
+
+
+def test_a_special_token_that_the_model_finds_by_its_text_counts(tmp_path: Path):
+    plan = small_plan(300)
+    plan["model"]["vocab"]["é"] = 300
+    plan["added_tokens"].append(added(300, "é"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plan))
+    tokenizer = read_hf_tokenizer(tmp_path, "</s>")
+    assert tokenizer.vocab_size == 301
+    assert 300 in tokenizer.encode("é")
+
+
+def test_a_first_token_that_there_is_not_is_refused(tmp_path: Path):
+    backend = sentencepiece_like(prepend=True)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 4_000_000)])
+    with pytest.raises(DataError, match="adds a token that it does not have"):
+        read_hf_tokenizer(save_backend(tmp_path, backend), "</s>")
 
 
 @pytest.mark.parametrize("prepend", [True, False], ids=["llama2", "gemma"])

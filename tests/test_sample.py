@@ -142,7 +142,7 @@ def test_filters_and_bfloat16_are_options(run_dir: Path, capsys: pytest.CaptureF
     assert sampled(capsys, "--checkpoint", run_dir, "--min_p", 1) == f"{TEXT}\n"
     words = ("--checkpoint", run_dir, "--temperature", 1, "--prompt", "日é")
     assert sampled(capsys, *words) == "日é日🙂\n"
-    assert not sampled(capsys, *words, "--repetition_penalty", 1e9).startswith("日é日")
+    assert not sampled(capsys, *words, "--repetition_penalty", 100).startswith("日é日")
 
 
 def test_a_prompt_that_means_null_elsewhere_is_text_here(run_dir: Path, capsys: pytest.CaptureFixture[str]):

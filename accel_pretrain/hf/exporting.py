@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from accel_pretrain.checkpoint import WEIGHTS, read_model_config, read_tokenizer
 from accel_pretrain.errors import CheckpointError, ConfigError, refuse
 from accel_pretrain.hf.convert import read_theirs, theirs_shape
 from accel_pretrain.hf.families import FAMILIES
-from accel_pretrain.hf.family import Family, Link, names_of
+from accel_pretrain.hf.family import SOURCE, Family, Link, names_of
+from accel_pretrain.hf.tensor_map import read_json
 from accel_pretrain.hf.tokenizers import check_with_transformers, write_hf_tokenizer
 from accel_pretrain.hf.verify import compare_with_transformers, has_transformers
 from accel_pretrain.hf.weight_files import TensorEntry, open_weights, write_sharded
@@ -52,12 +54,12 @@ def export(config: ExportConfig, say: Callable[[str], None]) -> Path:
     """
     if config.checkpoint is None or config.out is None:
         raise ConfigError("type: python -m accel_pretrain.hf export --checkpoint RUN -o DIR")
-    out = config.out
+    out = Path(os.path.abspath(config.out))
     if not has_transformers():
         raise ConfigError(
             "an export is compared with transformers before it is published; type: pip install 'accel_pretrain[hf]'"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigError(f"out: {out} exists already; name a new folder")
     checkpoint = resolve(config.checkpoint)
     stored = read_model_config(checkpoint)
@@ -119,8 +121,10 @@ def write_folder(
         write_sharded(folder, entries, lambda name: read_theirs(links[name], shapes, read_ours).to(dtype), max_shard_bytes)
     # transformers 5 calls it dtype, 4 and the servers built on it torch_dtype
     named = {"dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch.")}
-    _write_json(folder / "config.json", {**family.write_config(model, eot_id), **named})
-    _write_json(folder / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": eot_id, "do_sample": True})
+    source = read_json(checkpoint / SOURCE) if (checkpoint / SOURCE).is_file() else {}
+    _write_json(folder / "config.json", {**family.write_config(model, eot_id), **source.get("config", {}), **named})
+    generation = {"bos_token_id": eot_id, "eos_token_id": eot_id, "do_sample": True}
+    _write_json(folder / "generation_config.json", source.get("generation_config") or generation)
     if tokenizer is not None:
         write_hf_tokenizer(tokenizer, folder, context_length=model.context_length)
 

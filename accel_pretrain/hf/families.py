@@ -43,6 +43,9 @@ def _to_common(config: ModelConfig) -> dict[str, Any]:
 
 def _rope(keys: Keys) -> dict[str, Any]:
     """Rotary settings from ``rope_theta`` and ``rope_scaling``, or from what transformers 5 writes, ``rope_parameters``."""
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(keys.get(name) or {}, dict):
+            raise CheckpointError(f"config.json: {name} must be an object, got {keys[name]!r}")
     settings = dict(keys.get("rope_scaling") or {})
     settings |= {name: value for name, value in (keys.get("rope_parameters") or {}).items() if value is not None}
     theta = settings.get("rope_theta") or keys.get("rope_theta") or 10000.0
@@ -72,7 +75,7 @@ def _to_rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def _windows(keys: Keys, layer_types: list[str]) -> dict[str, Any]:
-    letters = "".join({"sliding_attention": "S", "full_attention": "F"}.get(kind, "?") for kind in layer_types)
+    letters = "".join({"sliding_attention": "S", "full_attention": "F"}.get(str(kind), "?") for kind in layer_types)
     if "?" in letters or len(letters) != keys["num_hidden_layers"]:
         raise CheckpointError(
             f"config.json: layer_types must say sliding_attention or full_attention, once per layer: {layer_types}"

@@ -14,6 +14,7 @@ from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.typed_yaml import from_mapping
 
 Keys = Mapping[str, Any]
+SOURCE = "hf_source.json"  # in an imported checkpoint: what its source said of special tokens and sampling
 
 
 class Link(NamedTuple):

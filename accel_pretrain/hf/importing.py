@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +16,9 @@ from accel_pretrain.errors import CheckpointError, ConfigError, refuse
 from accel_pretrain.hf.convert import Shapes, links_by_ours, read_ours
 from accel_pretrain.hf.described import Described
 from accel_pretrain.hf.families import FAMILIES
-from accel_pretrain.hf.family import Family, names_of
+from accel_pretrain.hf.family import SOURCE, Family, names_of
 from accel_pretrain.hf.foreign import describe_foreign
-from accel_pretrain.hf.tensor_map import read_json
+from accel_pretrain.hf.tensor_map import parsing, read_json
 from accel_pretrain.hf.tokenizers import read_hf_tokenizer
 from accel_pretrain.hf.verify import compare_with_transformers, has_transformers
 from accel_pretrain.hf.weight_files import TensorEntry, WeightFiles, open_weights, write_safetensors
@@ -28,6 +29,7 @@ from accel_pretrain.typed_yaml import option, to_yaml
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # masks and tables that old versions saved as weights
 _OTHER_SENSES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_LONGEST_CONTEXT, _MOST_LAYERS = 1 << 24, 1 << 12
 _SMALL_FILES = ["*.json", "*.txt", "tokenizer.model"]
 
 
@@ -79,6 +81,8 @@ def import_weights(config: ImportConfig, say: Callable[[str], None]) -> Path:
             (folder / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save(folder / "tokenizer")
+            if (source / "config.json").is_file():
+                (folder / SOURCE).write_text(json.dumps(_how_it_generates(source), indent=2) + "\n", encoding="utf-8")
             if config.verify and (source / "config.json").is_file() and has_transformers():
                 difference = compare_with_transformers(folder, source)
                 say(f"Logits equal those of transformers: they differ by at most {difference:.1e}")
@@ -87,6 +91,16 @@ def import_weights(config: ImportConfig, say: Callable[[str], None]) -> Path:
     if tokenizer is None:
         say("The source has no tokenizer: name one with --tokenizer (gpt2, a folder, ...) here, or when you sample")
     return checkpoint
+
+
+def _how_it_generates(source: Path) -> dict[str, dict[str, object]]:
+    """What a folder says of its special tokens and of sampling, so that an export can say it again."""
+    keys = read_json(source / "config.json")
+    generation = source / "generation_config.json"
+    return {
+        "config": {name: keys[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in keys},
+        "generation_config": read_json(generation) if generation.is_file() else {},
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- the source
@@ -123,7 +137,8 @@ def describe(source: Path, weights: WeightFiles) -> Described:
         folder = source if source.is_dir() else source.parent
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} holds no config.json, and the names in {source} are of no format known here")
-        found = _describe_hf(read_json(folder / "config.json"), weights)
+        with parsing(folder / "config.json"):
+            found = _describe_hf(read_json(folder / "config.json"), weights)
     shapes = names_of(found.config)
     used = {link.theirs for link in links_by_ours(found.links, shapes).values()}
     if missing := sorted(name for name in used if name not in weights):
@@ -148,6 +163,10 @@ def _describe_hf(keys: dict[str, object], weights: WeightFiles) -> Described:
         raise CheckpointError("config.json: quantised weights (quantization_config) are not supported; name the original model")
     family = _family(str(keys.get("model_type")))
     config = family.read_config(keys)
+    if config.context_length > _LONGEST_CONTEXT or config.num_layers > _MOST_LAYERS:
+        raise CheckpointError(
+            f"config.json: more than {_LONGEST_CONTEXT:,} positions or {_MOST_LAYERS:,} layers are not supported"
+        )
     links = family.links(config, list(names_of(config)))
     renamed = next((change for change in _PREFIXES if change(links[0].theirs) in weights), _PREFIXES[0])
     links = [link._replace(theirs=renamed(link.theirs)) for link in links]
@@ -181,7 +200,9 @@ def find_tokenizer(source: Path, config: ImportConfig, model: ModelConfig) -> To
     folder = source if source.is_dir() else source.parent
     files = ("tokenizer.json", "vocab.json", "encoder.json")
     if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
+        named = Path(config.tokenizer).expanduser()
+        of_others = named.is_dir() and any((named / name).is_file() for name in files) and not (named / "spec.json").is_file()
+        tokenizer = read_hf_tokenizer(named, config.eos) if of_others else load_tokenizer(config.tokenizer)
     elif any((folder / name).is_file() for name in files):
         tokenizer = read_hf_tokenizer(folder, config.eos)
     else:

@@ -2,11 +2,11 @@
 
 Out: :func:`write_hf_tokenizer` writes a folder that ``AutoTokenizer`` loads without code of ours, and that gives equal ids.
 In: :func:`read_hf_tokenizer` makes a :class:`BpeTokenizer` where the file is byte-pair encoding as tiktoken does it (so that
-data made with ``--tokenizer gpt2`` fits a GPT-2 that came in from such a folder), and an :class:`HfTokenizer` of all others.
+data made with ``--tokenizer gpt2`` fits a GPT-2 that came in from such a folder), and an :class:`HfTokenizer` of all others,
+also where a first token is put before texts for a model, which only the file itself can say on the way out.
 
 One convention differs. Here a literal ``<|endoftext|>`` in a text is text; there it is the special token, unless
-``split_special_tokens=True`` is given. With that, and for all texts without such a literal, ids are equal. Nothing is put
-before or after a text in either.
+``split_special_tokens=True`` is given. With that, and for all texts without such a literal, ids are equal.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from accel_pretrain.hf.split_pattern import contested, from_oniguruma, to_onigur
 from accel_pretrain.tokenizer import (
     DEFINITION_FILE,
     END_OF_TEXT,
+    EXTRA_FILES,
     GPT2_PATTERN,
     SETTINGS_FILE,
     BpeTokenizer,
@@ -33,6 +34,7 @@ from accel_pretrain.tokenizer import (
     Tokenizer,
 )
 
+SPECIALS_FILE = EXTRA_FILES[1]
 OURS = "accel_pretrain"  # the field of tokenizer_config.json with what tokenizer.json has no place for
 LARGEST_DEFINITION, LARGEST_SETTINGS = 256 << 20, 16 << 20  # bytes; Gemma 3's tokenizer.json, a large one, has 33 MB
 PROBED_TOKENS = 2000
@@ -52,7 +54,10 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: in
     settings["model_max_length"] = context_length
     (folder / DEFINITION_FILE).write_bytes(definition)
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not isinstance(tokenizer, HfTokenizer):  # which is that very file
+    if isinstance(tokenizer, HfTokenizer):
+        for name, content in tokenizer.extras.items():
+            (folder / name).write_bytes(_with_end(content, tokenizer.eot) if name == SPECIALS_FILE else content)
+    else:  # the other one is that very file
         backend = HfTokenizer(tokenizer.name, definition, tokenizer.eot_id).backend
         _compare(tokenizer, lambda text: backend.encode(text).ids, backend.decode, str(folder))
 
@@ -107,6 +112,14 @@ def _literals(tokenizer: Tokenizer) -> list[str]:
     return [END_OF_TEXT]
 
 
+def _with_end(specials: bytes, eot: str) -> bytes:
+    """A ``special_tokens_map.json`` that names ``eot``, which may not be the one that its source had, if it names any."""
+    document = _parse(specials, Path(SPECIALS_FILE))
+    if "eos_token" not in document or _content(document["eos_token"]) == eot:
+        return specials
+    return (json.dumps(document | {"eos_token": eot}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def _definition_and_settings(tokenizer: Tokenizer) -> tuple[bytes, dict[str, Any]]:
     if isinstance(tokenizer, HfTokenizer):
         settings = _parse(tokenizer.settings or b"{}", Path(SETTINGS_FILE))
@@ -155,10 +168,15 @@ def read_hf_tokenizer(folder: Path, eos: str | int | None = None) -> Tokenizer:
         eot = _end_of_text(folder, ids, _content(says.get("eos_token")) if eos is None else eos)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: damaged, or not a tokenizer ({type(error).__name__}: {_one_line(error)})") from None
-    general = HfTokenizer(folder.resolve().name, definition, ids[eot], settings)
+    extras = {name: _read(folder / name, LARGEST_SETTINGS) for name in EXTRA_FILES if (folder / name).exists()}
+    if SPECIALS_FILE in extras:
+        _parse(extras[SPECIALS_FILE], folder / SPECIALS_FILE)
+    general = HfTokenizer(folder.resolve().name, definition, ids[eot], settings, extras)
     try:
         for text in itertools.islice(probe_texts([eot]), 100):
             general.encode(text)
+        if general.backend.num_special_tokens_to_add(is_pair=False):
+            return general
         for candidate in _candidates(general.name, plan, says, ids, eot):
             if _same_but_for_unicode_tables(candidate, general):
                 return candidate

@@ -16,6 +16,7 @@ from accel_pretrain.hf.tensor_map import read_json
 from accel_pretrain.models import ModelConfig
 
 TOLERANCE = 2e-5  # of the largest logit: ten times what float32 loses in a deep model
+_MAY_FETCH_CODE = ("auto_map", "_attn_implementation", "attn_implementation", "_attn_implementation_internal", "kernel_config")
 _LONGEST = 640  # positions: enough to pass the window of Gemma 3
 
 
@@ -40,9 +41,11 @@ def compare_with_transformers(ours: Path, theirs: Path, dtype: torch.dtype = tor
     del model
     with _quiet() as transformers:
         try:
+            keys = {key: value for key, value in read_json(theirs / "config.json").items() if key not in _MAY_FETCH_CODE}
             other = transformers.AutoModelForCausalLM.from_pretrained(
-                theirs, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
-            ).eval()
+                theirs, config=transformers.AutoConfig.for_model(**keys), dtype=torch.float32, attn_implementation="eager",
+                local_files_only=True, trust_remote_code=False,
+            ).eval()  # fmt: skip
         except Exception as error:  # whatever their loading raises, the folder is not good
             raise CheckpointError(f"{theirs}: transformers cannot load it ({str(error).splitlines()[0][:200]})") from None
         with torch.no_grad():

@@ -57,6 +57,9 @@ def attend(
     Through PyTorch's fused kernels, which know no soft cap: with one, step by step, in O(T S) memory.
     """
     grouped = k_BGSE.shape[1] != q_BHTE.shape[1]
+    if grouped and dropout > 0:  # torch.compile's gradients of the grouped kernel with dropout are not finite on a CPU
+        times, grouped = q_BHTE.shape[1] // k_BGSE.shape[1], False
+        k_BGSE, v_BGSE = k_BGSE.repeat_interleave(times, dim=1), v_BGSE.repeat_interleave(times, dim=1)
     if softcap is None:
         return F.scaled_dot_product_attention(
             q_BHTE, k_BGSE, v_BGSE,

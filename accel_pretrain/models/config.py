@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from accel_pretrain.errors import refuse
@@ -120,6 +120,15 @@ class ModelConfig:
     @property
     def has_qkv_bias(self) -> bool:
         return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    def resolved(self) -> ModelConfig:
+        """The same shape without nulls that stand for another value."""
+        scaled = self.rope_scaling == "llama3"
+        return replace(
+            self, num_kv_heads=self.kv_heads, head_dim=self.head_width, d_ff=self.ff_width, qkv_bias=self.has_qkv_bias,
+            query_pre_attn_scalar=self.query_pre_attn_scalar or float(self.head_width),
+            rope_original_context=round(self.original_context) if scaled else self.rope_original_context,
+        )  # fmt: skip
 
     @property
     def score_scale(self) -> float:
