@@ -122,8 +122,10 @@ def write_folder(
     # transformers 5 calls it dtype, 4 and the servers built on it torch_dtype
     named = {"dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch.")}
     source = read_json(checkpoint / SOURCE) if (checkpoint / SOURCE).is_file() else {}
-    _write_json(folder / "config.json", {**family.write_config(model, eot_id), **source.get("config", {}), **named})
-    generation = {"bos_token_id": eot_id, "eos_token_id": eot_id, "do_sample": True}
+    bos_id = eot_id if tokenizer is None or tokenizer.bos_id is None else tokenizer.bos_id
+    own = {**family.write_config(model, eot_id), "bos_token_id": bos_id}
+    _write_json(folder / "config.json", {**own, **source.get("config", {}), **named})
+    generation = {"bos_token_id": bos_id, "eos_token_id": eot_id, "do_sample": True}
     _write_json(folder / "generation_config.json", source.get("generation_config") or generation)
     if tokenizer is not None:
         write_hf_tokenizer(tokenizer, folder, context_length=model.context_length)
