@@ -70,7 +70,7 @@ def array_task(environment: Mapping[str, str] = os.environ) -> ArrayTask:
 def _encode_by_ray(job: Job, tasks: Sequence[Task]) -> Generator[tuple[int, UnitReport]]:
     """Units as Ray tasks: a few per core at a time; one whose node or process dies is run again elsewhere."""
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError("--runner ray needs ray: pip install 'accel_pretrain[ray]'") from None
     ours = not ray.is_initialized()
