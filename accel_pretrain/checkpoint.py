@@ -28,9 +28,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from accel_pretrain.errors import CheckpointError, refuse
+from accel_pretrain.files import sha256_of, sync_folder, write_whole
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.runtime import together
-from accel_pretrain.shards import sha256_of, sync_folder
 from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import from_mapping, option, to_plain
 
@@ -170,13 +170,7 @@ def _commit(temporary: Path, final: Path, is_best: bool) -> None:
 
 
 def _point(pointer: Path, name: str) -> None:
-    temporary = pointer.with_name(f".tmp_{pointer.name}")
-    with temporary.open("w") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(pointer)
-    sync_folder(pointer.parent)
+    write_whole(pointer, f"{name}\n".encode())
 
 
 def _prune(run_dir: Path, keep_last: int | None) -> None:
@@ -412,10 +406,22 @@ def read_model(checkpoint: Path) -> Transformer:
     return model.eval()
 
 
-def read_tokenizer(checkpoint: Path) -> Tokenizer:
-    """The tokenizer that was saved in a verified checkpoint."""
-    if not (checkpoint / "tokenizer").is_dir():
+def read_tokenizer(checkpoint: Path, named: str | None = None) -> Tokenizer:
+    """The tokenizer that was saved in a verified checkpoint, or for one without any the one ``named`` by a person.
+
+    Raises :class:`CheckpointError` when there is none, or when the one named is another one, or too large for the model.
+    """
+    own = checkpoint / "tokenizer"
+    if named is None and not own.is_dir():
         raise CheckpointError(
             f"{checkpoint} holds no tokenizer, because it was trained on a bare file of ids; name one with --tokenizer gpt2"
         )
-    return load_tokenizer(checkpoint / "tokenizer")
+    tokenizer = load_tokenizer(own if named is None else named)
+    if named is not None and own.is_dir() and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(f"source.tokenizer: {checkpoint} holds its own, which is another one; leave --tokenizer out")
+    vocab_size = read_model_config(checkpoint).vocab_size or 0
+    if named is not None and tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"source.tokenizer: {tokenizer.name} has {tokenizer.vocab_size:,} ids, the model knows only {vocab_size:,}"
+        )
+    return tokenizer

@@ -29,7 +29,7 @@ from accel_pretrain.mixture import are_there, open_data, paths_of
 from accel_pretrain.models import Transformer
 from accel_pretrain.runtime import TrainingConfig, build_accelerator
 from accel_pretrain.shards import TokenSplit, splits_in
-from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
+from accel_pretrain.tokenizer import load_tokenizer
 from accel_pretrain.typed_yaml import load, option, parse_command_line, reference, section
 from accel_pretrain.validation import EvalResult, validate
 
@@ -137,7 +137,7 @@ def evaluate(config: EvaluateConfig) -> int:
     refuse_misfits(model, checkpoint, split, measure)
     context_length = measure.context_length or model.config.context_length
     windows = Windows(split, context_length) if split else None
-    tokenizer = find_tokenizer(source.tokenizer, checkpoint, model) if found else None
+    tokenizer = read_tokenizer(checkpoint, source.tokenizer) if found else None
     accelerator = build_accelerator(
         TrainingConfig(device=measure.device, mixed_precision=measure.mixed_precision), [], checkpoint
     )
@@ -190,18 +190,6 @@ def find_data(source: SourceConfig, checkpoint: Path) -> tuple[Path | tuple[Path
             f"source.data: the {source.split} split that {checkpoint} was made with ({path}) is not here; type --data DIR"
         )
     return path, recorded.dtype
-
-
-def find_tokenizer(wanted: str | None, checkpoint: Path, model: Transformer) -> Tokenizer:
-    """The tokenizer that turns the text of tasks into ids: the model's own, or the one named for a model that has none."""
-    if wanted is None:
-        return read_tokenizer(checkpoint)
-    tokenizer, own = load_tokenizer(wanted), checkpoint / "tokenizer"
-    if own.is_dir() and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
-        raise DataError(f"source.tokenizer: {checkpoint} holds its own, which is another one; leave --tokenizer out")
-    if tokenizer.vocab_size > model.vocab_size:
-        raise DataError(f"source.tokenizer: {wanted} has {tokenizer.vocab_size:,} ids, the model knows {model.vocab_size:,}")
-    return tokenizer
 
 
 def refuse_misfits(model: Transformer, checkpoint: Path, split: TokenSplit | None, measure: MeasureConfig) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from accel_pretrain.errors import DataError
+from accel_pretrain.files import sha256_of, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "accel_pretrain.tokens"
@@ -70,13 +70,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     manifest = dataclasses.replace(manifest, tokenizer_files={path.name: sha256_of(path) for path in saved})
     document = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}
     document["sha256"] = _hash_of(document)
-    temporary = folder / f".{MANIFEST}.tmp"
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(_as_text(document))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / MANIFEST)
-    sync_folder(folder)
+    write_whole(folder / MANIFEST, _as_text(document).encode())
 
 
 def read_manifest(folder: Path, *, to_the_byte: bool = False) -> Manifest:
@@ -115,22 +109,6 @@ def _as_text(document: dict[str, Any]) -> str:
 def _hash_of(document: dict[str, Any]) -> str:
     """The SHA-256 of a manifest without its own."""
     return hashlib.sha256(_as_text({key: document[key] for key in document if key != "sha256"}).encode()).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable (POSIX; elsewhere a folder cannot be opened, and there is nothing to do)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sampled_sha256(path: Path) -> str:

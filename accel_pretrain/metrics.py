@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from accel_pretrain.files import write_whole
+
 METRICS_FILE = "metrics.jsonl"
 
 # Dense bf16 matrix throughput without sparsity, FLOP/s, from data sheets; the first name that a device's name holds counts.
@@ -60,9 +62,7 @@ def cut_back(path: Path, step: int) -> None:
     """Drop rows of updates that the checkpoint does not know, and a torn last line: they are about to happen again."""
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        temporary = path.with_name(f".tmp_{path.name}")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
 class MetricsFile:

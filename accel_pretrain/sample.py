@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 
 from accel_pretrain.checkpoint import read_model, read_tokenizer, resolve
-from accel_pretrain.errors import CheckpointError, ConfigError, refuse, reported
+from accel_pretrain.errors import ConfigError, refuse, reported
 from accel_pretrain.generate import SamplingConfig, generator_for, streams
 from accel_pretrain.models import Transformer
-from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
+from accel_pretrain.tokenizer import Tokenizer
 from accel_pretrain.typed_yaml import CommandLine, load, option, parse_command_line, reference, section
 
 RULE = "-" * 80
@@ -202,17 +202,7 @@ def load_for_sampling(source: SourceConfig) -> tuple[Transformer, Tokenizer]:
     if source.checkpoint is None:
         raise ConfigError("source.checkpoint: not given; type --checkpoint RUN, the directory of a run")
     checkpoint = resolve(source.checkpoint)
-    if source.tokenizer is None:
-        return read_model(checkpoint), read_tokenizer(checkpoint)
-    tokenizer = load_tokenizer(source.tokenizer)
-    model, own = read_model(checkpoint), checkpoint / "tokenizer"
-    if own.is_dir() and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
-        raise CheckpointError(f"source.tokenizer: {checkpoint} holds its own, which is another one; leave --tokenizer out")
-    if tokenizer.vocab_size > model.vocab_size:
-        raise CheckpointError(
-            f"source.tokenizer: {tokenizer.name} has {tokenizer.vocab_size:,} ids, the model knows only {model.vocab_size:,}"
-        )
-    return model, tokenizer
+    return read_model(checkpoint), read_tokenizer(checkpoint, source.tokenizer)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from accel_pretrain.errors import DataError
+from accel_pretrain.files import sha256_of
 from accel_pretrain.manifest import (
     DTYPES,
     MANIFEST,
@@ -32,8 +33,6 @@ from accel_pretrain.manifest import (
     ShardInfo,
     read_manifest,
     sampled_sha256,
-    sha256_of,
-    sync_folder,
     write_manifest,
 )
 from accel_pretrain.token_formats import INDEX_SUFFIX, files_of_split, map_ids, open_token_file, split_word, token_files
@@ -52,9 +51,7 @@ __all__ = [
     "open_split",
     "read_manifest",
     "sampled_sha256",
-    "sha256_of",
     "splits_in",
-    "sync_folder",
     "write_manifest",
 ]
 _HASHED_AT_OPEN = 256 << 20

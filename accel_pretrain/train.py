@@ -33,6 +33,7 @@ from accel_pretrain.checkpoint import (
 from accel_pretrain.config import Plan, RunConfig, Splits, make_plan, open_splits
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
+from accel_pretrain.files import write_whole
 from accel_pretrain.loop import RULE, TrainingRun, fit
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.runtime import StopSignal, build_accelerator, describe_runtime, seed_everything, together
@@ -200,9 +201,7 @@ def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Pla
             sweep(run_dir)
             for path in go_back(run_dir, found[0]) if found[0] is not None else ():
                 print(f"set aside {path.name}, which is newer than the checkpoint to go on from")
-            temporary = run_dir / ".tmp_config.yaml"
-            temporary.write_text(to_yaml(config), encoding="utf-8")
-            temporary.replace(run_dir / "config.yaml")
+            write_whole(run_dir / "config.yaml", to_yaml(config).encode())
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 

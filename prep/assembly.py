@@ -22,7 +22,8 @@ from typing import IO, Any
 import numpy as np
 
 from accel_pretrain.errors import DataError
-from accel_pretrain.shards import DTYPES, ShardInfo, index_name, sampled_sha256, sha256_of
+from accel_pretrain.files import sha256_of
+from accel_pretrain.shards import DTYPES, ShardInfo, index_name, sampled_sha256
 from prep.documents import BadDocument, Tally
 from prep.encode import SPLITS, Block, Job, UnitReport, read_blocks
 from prep.journal import Workshop

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_pretrain.errors import ConfigError, DataError, PretrainError
-from accel_pretrain.shards import sync_folder
+from accel_pretrain.files import write_whole
 from prep.columns import refuse_column
 
 PREFIX = "hf:"
@@ -167,8 +167,8 @@ def fetch(name: HubName, column: str, folder: Path, limit: int | None) -> list[s
     if not (state and state["done"]):
         for block, after in _blocks(name, column, state, size, limit):
             path = folder / f"{len(paths):08d}.jsonl"
-            _write(path, block)
-            _write(path.with_suffix(".state"), json.dumps({"request": request, **after}).encode())
+            write_whole(path, block)
+            write_whole(path.with_suffix(".state"), json.dumps({"request": request, **after}).encode())
             paths.append(str(path))
     return paths
 
@@ -226,14 +226,3 @@ def _blocks(
 
 def _line(column: str, value: Any) -> bytes:
     return json.dumps({column: value}, ensure_ascii=False, default=str).encode(errors="surrogatepass") + b"\n"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of it or nothing under its name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from accel_pretrain.errors import DataError
-from accel_pretrain.shards import sync_folder
+from accel_pretrain.files import is_alive, write_whole
 
 JOB = "job"
 UNITS, DATASET, ASSEMBLED, LOCK, TURN = "units", "dataset", "assembled.jsonl", "lock", "turn"
@@ -175,17 +175,6 @@ def line_of(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file so that it is either there with all of ``content`` or as it was before."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
 def _differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     keys = [key for key in {**before, **wanted} if before.get(key) != wanted.get(key)]
     return [f"{key}: {_short(before.get(key))} there, {_short(wanted.get(key))} here" for key in keys]
@@ -259,16 +248,3 @@ def _owner_of(file: IO[str]) -> dict[str, Any]:
 def _owner(file: IO[str]) -> str:
     owner = _owner_of(file)
     return f"process {owner['pid']} on {owner['host']}" if owner else "an array task"
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; True where that cannot be asked."""
-    if os.name != "posix":  # there, signal 0 is not a question
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True

@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 
 from accel_pretrain.errors import DataError
-from accel_pretrain.shards import DTYPES, MANIFEST, Manifest, read_manifest, sync_folder
+from accel_pretrain.files import sync_folder
+from accel_pretrain.shards import DTYPES, MANIFEST, Manifest, read_manifest
 
 
 def existing_dataset(out: Path, overwrite: bool) -> Manifest | None:

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from accel_pretrain.errors import DataError, reported
-from accel_pretrain.shards import Manifest, TokenSplit, open_split, read_manifest, splits_in, sync_folder
+from accel_pretrain.files import is_alive, sync_folder
+from accel_pretrain.shards import Manifest, TokenSplit, open_split, read_manifest, splits_in
 from accel_pretrain.tokenizer import Tokenizer
 from accel_pretrain.typed_yaml import leaves, load, parse_command_line
 
@@ -62,7 +63,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for left in out.parent.glob(f"{prefix}*"):
-            if (owner := left.name.removeprefix(prefix)).isdigit() and not _is_alive(int(owner)):
+            if (owner := left.name.removeprefix(prefix)).isdigit() and not is_alive(int(owner)):
                 shutil.rmtree(left, ignore_errors=True)
         folder = out.parent / f"{prefix}{os.getpid()}"
         folder.mkdir()
@@ -79,18 +80,6 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise DataError(f"-o {out}: cannot be written ({error.strerror}); nothing was published") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name != "posix":  # there, signal 0 is not a question
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------- what is in one

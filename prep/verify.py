@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from accel_pretrain.errors import DataError, refuse
-from accel_pretrain.shards import DTYPES, Manifest, ShardInfo, open_split, read_manifest, sampled_sha256, sha256_of, splits_in
+from accel_pretrain.files import sha256_of
+from accel_pretrain.shards import DTYPES, Manifest, ShardInfo, open_split, read_manifest, sampled_sha256, splits_in
 from accel_pretrain.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import option
 from prep.tools import document_ends, ends_of, run_tool, spread

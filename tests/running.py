@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -122,3 +123,14 @@ def assert_same_bits(one: Path, other: Path) -> None:
     assert len(ours) > 20
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
+
+
+def refused(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line on stderr with which a program refuses these words."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    return err

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each level may import the levels above it in this list, and its own.
 LEVELS = (
-    ("errors",),
+    ("errors", "files"),
     ("typed_yaml", "manifest", "token_formats", "shards", "mixture", "token_text", "tokenizer", "permutation", "schedule"),
     ("models", "loss", "optim", "data"),
     ("runtime", "metrics", "trackers", "checkpoint", "generate", "validation"),
@@ -24,7 +24,7 @@ LEVELS = (
 TORCH_FREE = {*LEVELS[0], *LEVELS[1]}
 ACCELERATE_FREE = TORCH_FREE | set(LEVELS[2])
 ENTRY_POINTS = set(LEVELS[-1])
-FOR_PREP = {"errors", "typed_yaml", "shards", "tokenizer"}
+FOR_PREP = {"errors", "files", "typed_yaml", "shards", "tokenizer"}
 LIBRARIES = {"torch", "accelerate"}
 
 MAX_FUNCTION, MAX_FILE = 60, 350

@@ -20,15 +20,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from accel_pretrain.checkpoint import CheckpointConfig, TrainState, load_model, publish, write_model_description
+from accel_pretrain.checkpoint import CheckpointConfig, TrainState, load_model, publish, read_tokenizer, write_model_description
 from accel_pretrain.config import RunConfig
 from accel_pretrain.data import DataConfig
-from accel_pretrain.errors import CheckpointError, DataError
-from accel_pretrain.evaluate import find_tokenizer, main
+from accel_pretrain.errors import CheckpointError
+from accel_pretrain.evaluate import main
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.shards import Manifest, ShardWriter, write_manifest
 from accel_pretrain.tokenizer import GPT2_PATTERN, BpeTokenizer, ByteTokenizer
 from accel_pretrain.typed_yaml import to_yaml
+from tests.running import refused
 
 ROOT = Path(__file__).resolve().parents[1]
 T = 32
@@ -96,15 +97,6 @@ def evaluated(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, A
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     return json.loads(capsys.readouterr().out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    assert (stop.value.code, out) == (2, "")
-    assert err.startswith("error: ")
-    return err
 
 
 def mean_loss(model: Transformer, split: str, length: int) -> tuple[float, int]:
@@ -213,7 +205,7 @@ def test_the_lines_are_aligned_and_say_which_is_smaller(place: Place, capsys: py
 
 def test_a_dataset_of_another_tokenizer_is_refused(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     other = write_dataset(tmp_path / "other", name="gpt2", fingerprint="0" * 64)
-    message = refused(capsys, "--checkpoint", place.run, "--data", other, "--context_length", T + 1)
+    message = refused(main, capsys, "--checkpoint", place.run, "--data", other, "--context_length", T + 1)
     assert message.startswith("error: 2 problems:")
     assert "another tokenizer (gpt2)" in message
     assert "context_length: 33 is more than the model's 32" in message
@@ -221,7 +213,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(place: Place, tmp_path: Path,
 
 def test_ids_that_the_model_does_not_know_are_refused(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     np.arange(300, dtype="<u2").tofile(tmp_path / "ids.bin")
-    assert "token id 299" in refused(capsys, "--checkpoint", place.run, "--data", tmp_path / "ids.bin")
+    assert "token id 299" in refused(main, capsys, "--checkpoint", place.run, "--data", tmp_path / "ids.bin")
 
 
 def test_what_is_missing_or_means_nothing_is_one_line(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -239,19 +231,22 @@ def test_what_is_missing_or_means_nothing_is_one_line(place: Place, tmp_path: Pa
         (*good, "--xz", "--data", tmp_path / "ids.bin"): "bare file of ids",
     }
     for words, expected in cases.items():
-        message = refused(capsys, *words)
+        message = refused(main, capsys, *words)
         assert expected in message
         assert message.count("\n") == 1
 
 
 def test_a_tokenizer_for_a_model_without_one(place: Place, tmp_path: Path):
-    assert find_tokenizer("bytes", tmp_path, place.model).fingerprint == ByteTokenizer().fingerprint
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    write_model_description(bare, place.model.config, place.model.vocab_size)
+    assert read_tokenizer(bare, "bytes").fingerprint == ByteTokenizer().fingerprint
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
-        find_tokenizer(None, tmp_path, place.model)
+        read_tokenizer(bare)
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ca": 256, b"cat": 257}
     BpeTokenizer("large", ranks, GPT2_PATTERN).save(tmp_path / "large")
-    with pytest.raises(DataError, match="large has 259 ids, the model knows 257"):
-        find_tokenizer(str(tmp_path / "large"), tmp_path, place.model)
+    with pytest.raises(CheckpointError, match="large has 259 ids, the model knows only 257"):
+        read_tokenizer(bare, str(tmp_path / "large"))
 
 
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):

@@ -18,6 +18,7 @@ from accel_pretrain.checkpoint import TrainState, publish, write_model_descripti
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.sample import RULE, decode_stream, main
 from accel_pretrain.tokenizer import ByteTokenizer
+from tests.running import refused
 
 ROOT = Path(__file__).resolve().parents[1]
 EOT, PADDING, VOCAB = 256, 300, 320
@@ -63,17 +64,6 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sampled(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     assert main([str(word) for word in words]) == 0
     return capsys.readouterr().out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line on stderr with which these words are refused."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    assert (stop.value.code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert "Traceback" not in err
-    return err
 
 
 def launch(*words: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -213,14 +203,14 @@ def test_what_is_missing_or_empty_is_one_line(run_dir: Path, tmp_path: Path, cap
         (*good, "--device", "tpu"): "auto | cuda | mps | cpu",
     }
     for words, expected in cases.items():
-        message = refused(capsys, *words)
+        message = refused(main, capsys, *words)
         assert expected in message
         assert message.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_device_that_is_not_there_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]):
-    assert "cuda is not available" in refused(capsys, "--checkpoint", run_dir, "--device", "cuda")
+    assert "cuda is not available" in refused(main, capsys, "--checkpoint", run_dir, "--device", "cuda")
 
 
 def test_a_damaged_checkpoint_is_refused(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -228,12 +218,12 @@ def test_a_damaged_checkpoint_is_refused(run_dir: Path, tmp_path: Path, capsys: 
     weights = bytearray((checkpoint / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (checkpoint / "model.safetensors").write_bytes(weights)
-    assert "model.safetensors was changed" in refused(capsys, "--checkpoint", checkpoint)
+    assert "model.safetensors was changed" in refused(main, capsys, "--checkpoint", checkpoint)
 
 
 def test_a_run_without_tokenizer_needs_one(run_dir: Path, capsys: pytest.CaptureFixture[str]):
     bare = run_dir.with_name("bare")
-    assert "--tokenizer" in refused(capsys, "--checkpoint", bare)
+    assert "--tokenizer" in refused(main, capsys, "--checkpoint", bare)
     assert sampled(capsys, "--checkpoint", bare, "--tokenizer", "bytes", "--temperature", 0) == f"{TEXT}\n"
 
 
@@ -244,5 +234,5 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(run_dir: Path, tmp_path: 
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
     (tmp_path / "big.tiktoken").write_text("".join(lines))
     words = ("--tokenizer", tmp_path / "big.tiktoken")
-    assert "holds its own" in refused(capsys, "--checkpoint", run_dir, *words)
-    assert "has 357 ids, the model knows only 320" in refused(capsys, "--checkpoint", run_dir.with_name("bare"), *words)
+    assert "holds its own" in refused(main, capsys, "--checkpoint", run_dir, *words)
+    assert "has 357 ids, the model knows only 320" in refused(main, capsys, "--checkpoint", run_dir.with_name("bare"), *words)

@@ -15,6 +15,7 @@ import torch
 
 from accel_pretrain.checkpoint import WEIGHTS, read_model_config, read_tokenizer, resolve
 from accel_pretrain.errors import CheckpointError, ConfigError, refuse
+from accel_pretrain.files import sync_folder
 from accel_pretrain.hf.convert import read_theirs, theirs_shape
 from accel_pretrain.hf.families import FAMILIES
 from accel_pretrain.hf.family import SOURCE, Family, Link, names_of
@@ -23,7 +24,6 @@ from accel_pretrain.hf.tokenizers import check_with_transformers, write_hf_token
 from accel_pretrain.hf.verify import compare_with_transformers, has_transformers
 from accel_pretrain.hf.weight_files import TensorEntry, open_weights, write_sharded
 from accel_pretrain.models import ModelConfig
-from accel_pretrain.shards import sync_folder
 from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import option
 

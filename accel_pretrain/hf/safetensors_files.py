@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 
 from accel_pretrain.errors import CheckpointError
+from accel_pretrain.files import sync_folder
 from accel_pretrain.hf.tensor_map import (
     Weight,
     checked_shape,
@@ -30,7 +31,6 @@ from accel_pretrain.hf.tensor_map import (
     quoted,
     require_file,
 )
-from accel_pretrain.shards import sync_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the library's limit

@@ -57,7 +57,8 @@ def attend(
     Through PyTorch's fused kernels, which know no soft cap: with one, step by step, in O(T S) memory.
     """
     grouped = k_BGSE.shape[1] != q_BHTE.shape[1]
-    if grouped and dropout > 0:  # torch.compile's gradients of the grouped kernel with dropout are not finite on a CPU
+    # torch.compile's gradients of the grouped kernel with dropout are not finite on a CPU
+    if grouped and (softcap is not None or dropout > 0):
         times, grouped = q_BHTE.shape[1] // k_BGSE.shape[1], False
         k_BGSE, v_BGSE = k_BGSE.repeat_interleave(times, dim=1), v_BGSE.repeat_interleave(times, dim=1)
     if softcap is None:
@@ -65,9 +66,6 @@ def attend(
             q_BHTE, k_BGSE, v_BGSE,
             attn_mask=view.mask, is_causal=view.is_causal, dropout_p=dropout, scale=scale, enable_gqa=grouped,
         )  # fmt: skip
-    if grouped:
-        times = q_BHTE.shape[1] // k_BGSE.shape[1]
-        k_BGSE, v_BGSE = k_BGSE.repeat_interleave(times, dim=1), v_BGSE.repeat_interleave(times, dim=1)
     scores_BHTS = softcap * torch.tanh(q_BHTE @ k_BGSE.transpose(2, 3) * scale / softcap)
     mask = view.mask
     if view.is_causal:
