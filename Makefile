@@ -1,5 +1,9 @@
 # make demo    raw text to a trained model, its samples and its loss curve
 # make test    the whole test suite, on the CPU
+# make test-faults
+#              thousands of deaths, power cuts, disk errors, damaged and malicious files (tests/faults): 10 to 20 minutes.
+#              Ends with one line of figures. A few of each kind are in make test; here are all: a test that is marked
+#              "faults" runs only here. Run it after a change of commit.py, publish.py, saver.py, checkpoint.py or lock.py
 #
 # Both make .venv and install what they need. To use the Python environment that is active instead, and the torch it has
 # (2.11 or newer): make test ENV=active
@@ -17,7 +21,7 @@ else
   DEV := .venv/.installed-dev
 endif
 
-.PHONY: demo test lint clean .active-demo .active-dev
+.PHONY: demo test test-faults lint clean .active-demo .active-dev
 
 demo: $(DEMO)
 	$(PY) -m prep.tokenize --demo -o data/demo
@@ -28,6 +32,9 @@ demo: $(DEMO)
 
 test: lint
 	$(PY) -m pytest --durations 15
+
+test-faults: $(DEV)
+	$(PY) -m pytest -m "faults or controls" tests/faults --durations 15
 
 lint: $(DEV)
 	$(PY) -m ruff check .

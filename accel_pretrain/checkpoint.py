@@ -1,44 +1,42 @@
-"""Checkpoints that are whole or do not exist: publish, verify, find, restore, prune.
+"""What is in a checkpoint, and how a run, or whoever only wants the model, gets it out again.
 
-A run directory holds ``checkpoint_00005000/`` folders and two text pointers, ``latest`` and ``best``. :func:`publish` writes
-everything into ``.tmp_checkpoint_...``, flushes every file to disk, writes ``manifest.json`` with the size and SHA-256 of each,
-and only then renames the folder: **a folder without a manifest that verifies is not a checkpoint**. Old ones are removed after
-that, never before. Accelerate's ``save_state`` and ``load_state`` write and read the model and optimizer; naming, completeness,
-rotation and everything else that a run needs are here, as JSON. Nothing that is loaded can execute code.
+A run directory holds ``checkpoint_00005000/`` folders and two text pointers, ``latest`` and ``best``. In a folder are the
+model and optimizer, as Accelerate's ``save_state`` writes and ``load_state`` reads them, and everything else that a run needs,
+as JSON. :mod:`accel_pretrain.publish` makes them; :mod:`accel_pretrain.commit` decides whether one is whole, and finds it.
+Nothing that is loaded can execute code.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import logging
-import os
 import pickle
-import re
-import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from accel_pretrain.commit import STATE, resolve
 from accel_pretrain.errors import CheckpointError, refuse
-from accel_pretrain.files import sha256_of, sync_folder, write_whole
+from accel_pretrain.guard import Health
 from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.peers import Peers
 from accel_pretrain.runtime import together
 from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import from_mapping, option, to_plain
 
-MANIFEST, STATE, MODEL, WEIGHTS = "manifest.json", "trainer_state.json", "model.json", "model.safetensors"
-FORMAT = "accel_pretrain.checkpoint"
-_NAME = re.compile(r"checkpoint_(\d{8,})")
-_LEGACY_NAME = re.compile(r"checkpoint(?:_iter)?_(\d+)(?:\.pt)?")  # how earlier training programs called theirs
-_log = logging.getLogger(__name__)
+MODEL, WEIGHTS = "model.json", "model.safetensors"
+_DOES_NOT_LOAD = (
+    *(RuntimeError, ValueError, OSError, KeyError, EOFError, TypeError, AttributeError, AssertionError, IndexError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,281 +45,36 @@ class CheckpointConfig:
 
     checkpoint_dir: Path = option(Path("checkpoints"), "the run directory", aliases=("out_dir", "output_dir"))
     checkpoint_interval: int = option(5000, "updates between checkpoints", aliases=("save_interval",))
-    keep_last: int | None = option(3, "how many of the newest to keep (the best is kept besides); null: all")
+    every_minutes: float | None = option(None, "minutes between checkpoints, besides checkpoint_interval; null: that alone")
+    asynchronous: bool = option(False, "copy the state while the next update computes, and write it in the background")
+    keep_last: int | None = option(3, "how many of the newest to keep (the best and the pinned are kept besides); null: all")
+    pin_interval: int | None = option(None, "keep every checkpoint whose update is a multiple of this, for good")
     save_best: bool = option(True, "publish a checkpoint whenever the validation loss is the lowest so far")
     resume_from: str | None = option(
         "auto", "auto: the newest checkpoint in checkpoint_dir, if any; never; or a path", aliases=("resume",)
     )
     init_from: Path | None = option(None, "a run or checkpoint whose shape and weights a new run begins with, at step 0")
+    allow_batch_change: bool = option(False, "go on with another number of sequences per update, which changes the curve")
 
     def __post_init__(self) -> None:
+        minutes, pins = self.every_minutes, self.pin_interval
         refuse(
             (self.checkpoint_interval < 1, f"checkpoint_interval: must be at least 1, got {self.checkpoint_interval}"),
             (self.keep_last is not None and self.keep_last < 1, f"keep_last: must be at least 1 or null, got {self.keep_last}"),
+            (minutes is not None and not 0 < minutes < 1e6, f"every_minutes: must be positive or null, got {minutes}"),
+            (pins is not None and pins < 1, f"pin_interval: must be at least 1 or null, got {pins}"),
         )
 
 
 @dataclass
 class TrainState:
-    """All that a run must remember besides weights and optimizer: three counters and the best validation loss."""
+    """All that a run must remember besides weights and optimizer: counters, best validation loss, what the guard remembers."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     best_val_loss: float | None = None
-
-
-# ---------------------------------------------------------------------------------------------------------------- saving
-
-
-def publish(
-    accelerator: Accelerator,
-    run_dir: Path,
-    state: TrainState,
-    *,
-    facts: Mapping[str, Any],
-    write_extras: Callable[[Path], None],
-    is_best: bool = False,
-    keep_last: int | None = None,
-) -> Path:
-    """Save model, optimizer and ``state`` as ``run_dir/checkpoint_<step>``, and return that path. Collective.
-
-    ``facts`` go into ``trainer_state.json`` beside the counters, for :func:`read_facts`; ``write_extras`` adds files (on the
-    main process) before the manifest is made. If any process fails, all raise, and the
-    run directory is as it was before.
-    """
-    final = run_dir / f"checkpoint_{state.step:08d}"
-    temporary = run_dir / f".tmp_{final.name}"
-    with together(accelerator, CheckpointError):
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    try:
-        with together(accelerator, CheckpointError), _quiet():
-            accelerator.save_state(str(temporary), safe_serialization=True)
-        with together(accelerator, CheckpointError):
-            if accelerator.is_main_process:
-                _write_json(temporary / STATE, {**dataclasses.asdict(state), **facts})
-                write_extras(temporary)
-                _seal(temporary)
-                _commit(temporary, final, is_best)
-    except Exception:
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if accelerator.is_main_process:
-        _prune(run_dir, keep_last)
-    accelerator.wait_for_everyone()
-    return final
-
-
-def publish_weights(run_dir: Path, write: Callable[[Path], None]) -> Path:
-    """Publish what ``write`` puts into a folder as ``run_dir/checkpoint_00000000``: weights that no run here has made.
-
-    It has no optimizer, so that a run can begin with it (``init_from``) but not resume it. Raises :class:`CheckpointError` when
-    ``run_dir`` holds checkpoints already. For one process.
-    """
-    if existing := _checkpoints(run_dir):
-        raise CheckpointError(f"{run_dir} already holds {existing[0].name}; name another directory")
-    final = run_dir / "checkpoint_00000000"
-    temporary = run_dir / f".tmp_{final.name}"
-    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-        _write_json(temporary / STATE, dataclasses.asdict(TrainState()))
-        _seal(temporary)
-        _commit(temporary, final, is_best=False)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for path in made:
-                path.rmdir()
-        raise
-    return final
-
-
-def _seal(folder: Path) -> None:
-    """Flush every file, then write the manifest that lists them: what follows may rely on their bytes."""
-    files = {}
-    mode = 0o666 & ~_umask()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        path.chmod(mode)  # safetensors makes files that only their owner can read
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    _write_json(folder / MANIFEST, {"format": FORMAT, "version": 1, "files": files})
-    for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        sync_folder(directory)
-
-
-def _commit(temporary: Path, final: Path, is_best: bool) -> None:
-    """Give the sealed folder its name: from here on it is the newest checkpoint."""
-    if final.exists():  # the same step again, after going back to an older checkpoint
-        trash = final.with_name(f".trash_{final.name}")
-        shutil.rmtree(trash, ignore_errors=True)
-        final.rename(trash)
-    temporary.rename(final)
-    sync_folder(final.parent)
-    for pointer in ("best", "latest") if is_best else ("latest",):
-        _point(final.parent / pointer, final.name)
-    shutil.rmtree(final.with_name(f".trash_{final.name}"), ignore_errors=True)
-
-
-def _point(pointer: Path, name: str) -> None:
-    write_whole(pointer, f"{name}\n".encode())
-
-
-def _prune(run_dir: Path, keep_last: int | None) -> None:
-    if keep_last is None:
-        return
-    best = _read_pointer(run_dir / "best")
-    for path in _checkpoints(run_dir)[keep_last:]:
-        if path.name != best:
-            trash = path.with_name(f".trash_{path.name}")
-            try:
-                path.rename(trash)
-                shutil.rmtree(trash)
-            except OSError as error:
-                _log.warning("could not remove the old checkpoint %s: %s", path, error)
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-@contextlib.contextmanager
-def _quiet():  # noqa: ANN202
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-# --------------------------------------------------------------------------------------------------- finding and verifying
-
-
-def _checkpoints(run_dir: Path) -> list[Path]:
-    """Folders that are named as checkpoints, newest first."""
-    if not run_dir.is_dir():
-        return []
-    named = [path for path in run_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(named, key=lambda path: int(path.name.rpartition("_")[2]), reverse=True)
-
-
-def _read_pointer(path: Path) -> str | None:
-    try:
-        name = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return name if _NAME.fullmatch(name) else None
-
-
-def problem_with(checkpoint: Path) -> str | None:
-    """Why a folder is not a good checkpoint, after comparing names, sizes and hashes with its manifest; None if it is one."""
-    try:
-        document = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        if document["format"] != FORMAT:
-            return f"its {MANIFEST} is of {document['format']}, not of a checkpoint"
-        listed = {name: (int(info["bytes"]), str(info["sha256"])) for name, info in document["files"].items()}
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"its {MANIFEST} is damaged"
-    present = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir()} - {MANIFEST}
-    if present != set(listed):
-        odd = sorted(present ^ set(listed))[0]
-        return f"{odd} is {'missing' if odd in listed else 'not part of it'}"
-    for name, (size, sha256) in listed.items():
-        path = checkpoint / name
-        if path.is_symlink() or path.stat().st_size != size:
-            return f"{name} has the wrong size"
-        if sha256_of(path) != sha256:
-            return f"{name} was changed after it was written"
-    return None
-
-
-def find_newest(run_dir: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None in a directory without any. Damaged ones are named in a warning."""
-    candidates = _checkpoints(run_dir)
-    problems = []
-    for path in candidates:
-        if (problem := problem_with(path)) is None:
-            return path
-        problems.append(f"{path}: {problem}")
-        _log.warning("skipping the damaged checkpoint %s: %s", path, problem)
-    if candidates:
-        raise CheckpointError([f"no checkpoint in {run_dir} can be read", *problems])
-    return None
-
-
-def resolve(path: Path) -> Path:
-    """The good checkpoint that a person means: a checkpoint folder, a run directory, or its ``latest`` or ``best`` pointer.
-
-    ``checkpoint_iter_5000.pt`` and ``checkpoint_5000`` are taken for ``checkpoint_00005000``. Raises
-    :class:`CheckpointError` when there is none or it is damaged.
-    """
-    if path.is_file() and (name := _read_pointer(path)):
-        path = path.parent / name
-    elif not path.exists() and (match := _LEGACY_NAME.fullmatch(path.name)):
-        path = path.parent / f"checkpoint_{int(match[1]):08d}"
-    if not path.is_dir():
-        found = [candidate.name for candidate in _checkpoints(path.parent)]
-        hint = f"; there are {', '.join(found[:5])}" if found else ""
-        raise CheckpointError(f"{os.path.abspath(path)} does not exist or is not a checkpoint folder{hint}")
-    if not _NAME.fullmatch(path.name) and not (path / MANIFEST).exists():
-        newest = find_newest(path)
-        if newest is None:
-            raise CheckpointError(f"{os.path.abspath(path)} holds no checkpoint")
-        return newest
-    if problem := problem_with(path):
-        raise CheckpointError(f"{path} is damaged: {problem}")
-    return path
-
-
-def go_back(run_dir: Path, checkpoint: Path) -> list[Path]:
-    """Set aside the checkpoints that are newer than the one to go on from: they belong to a future that will not happen.
-
-    They are renamed, not removed, and no reader takes them for checkpoints any more. ``best`` goes back to the checkpoint that
-    was the best by then. Raises :class:`CheckpointError` when ``run_dir`` holds another run than ``checkpoint``'s.
-    """
-    existing = _checkpoints(run_dir)
-    if existing and checkpoint.resolve().parent != run_dir.resolve():
-        raise CheckpointError(f"{run_dir} already holds {existing[0].name} of another run; type another --checkpoint_dir")
-    newer = [path for path in existing if path.name > checkpoint.name]
-    for path in newer:
-        aside = path.with_name(f"set_aside_{path.name}")
-        while aside.exists():
-            aside = aside.with_name(aside.name + "_again")
-        path.rename(aside)
-    if newer:
-        _point(run_dir / "latest", checkpoint.name)
-        lowest = read_state(checkpoint).best_val_loss
-        older = [path for path in reversed(_checkpoints(run_dir)) if problem_with(path) is None]
-        best = next((path for path in older if lowest is not None and read_state(path).best_val_loss == lowest), None)
-        if best is not None:
-            _point(run_dir / "best", best.name)
-        else:
-            (run_dir / "best").unlink(missing_ok=True)
-    return newer
-
-
-def sweep(run_dir: Path) -> None:
-    """Remove what interrupted saves and removals left behind: names that no reader looks at."""
-    if run_dir.is_dir():
-        for path in run_dir.iterdir():
-            if path.name.startswith((".tmp_", ".trash_")):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    health: Health = field(default_factory=Health)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -330,21 +83,35 @@ def sweep(run_dir: Path) -> None:
 def read_state(checkpoint: Path) -> TrainState:
     """The counters of a checkpoint, checked for their types."""
     document = read_facts(checkpoint)
-    return TrainState(
-        step=int(document["step"]), samples=int(document["samples"]), tokens=int(document["tokens"]),
-        best_val_loss=None if document["best_val_loss"] is None else float(document["best_val_loss"]),
-    )  # fmt: skip
+    try:
+        state = TrainState(
+            step=int(document["step"]), samples=int(document["samples"]), tokens=int(document["tokens"]),
+            best_val_loss=None if document["best_val_loss"] is None else float(document["best_val_loss"]),
+            health=Health.parse(document.get("health")),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{checkpoint / STATE} is not as a run writes it ({error})") from None
+    if min(state.step, state.samples, state.tokens) < 0:
+        raise CheckpointError(f"{checkpoint / STATE} counts below zero")
+    return state
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """All of ``trainer_state.json``: the counters, and the facts that were given to :func:`publish`."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    """All of ``trainer_state.json``: the counters, and the facts that were given when it was published."""
+    try:
+        document = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint / STATE} cannot be read ({error})") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{checkpoint / STATE} is not as a run writes it")
+    return document
 
 
 def restore(accelerator: Accelerator, optimizer: torch.optim.Optimizer, checkpoint: Path) -> TrainState:
     """Load weights and optimizer state from a verified checkpoint into what ``accelerator`` prepared. Collective.
 
-    Learning rate, decay and the like stay what the config says now; only the moments come from the checkpoint.
+    Learning rate, decay and the like stay what the config says now; only the moments come from the checkpoint. What
+    Accelerate would pass over in silence is refused: moments of another update, numbers that are not finite, ranks that differ.
     """
     require_optimizer(checkpoint)
     refused = [path.name for path in checkpoint.glob("*") if path.name.startswith(("custom_checkpoint", "pytorch_model"))]
@@ -354,14 +121,58 @@ def restore(accelerator: Accelerator, optimizer: torch.optim.Optimizer, checkpoi
     with together(accelerator, CheckpointError), _quiet():
         try:
             accelerator.load_state(str(checkpoint))
-        except (RuntimeError, ValueError, OSError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0][:300]
+        except _DOES_NOT_LOAD as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise CheckpointError(
                 f"{checkpoint} does not fit this model or optimizer, or was tampered with: {reason}"
             ) from None
     for group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
         group.update(own)
-    return read_state(checkpoint)
+    weights = {name: parameter for model in accelerator._models for name, parameter in model.named_parameters()}
+    with together(accelerator, CheckpointError):
+        state = read_state(checkpoint)
+        _refuse_other_moments(optimizer, checkpoint, state)
+        moments = {f"a moment ({name})": own for every in optimizer.state.values() for name, own in every.items()}
+        for tensors in (weights, moments):
+            if bad := not_finite(tensors):
+                raise CheckpointError(f"{checkpoint}: {bad} holds numbers that are not finite; go on from an older one")
+    if accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        digests = Peers(accelerator).gather(_digest(weights))
+        if len(set(digests)) > 1:
+            raise CheckpointError(f"{checkpoint}: the processes have loaded different weights; is its folder one and the same?")
+    return state
+
+
+def _refuse_other_moments(optimizer: torch.optim.Optimizer, checkpoint: Path, state: TrainState) -> None:
+    """The optimizer counts the updates that it applied, for every parameter: as many as the counters say."""
+    facts, counted = read_facts(checkpoint), optimizer_updates(optimizer)
+    expected = {facts.get("optimizer_updates", counted)}
+    if counted is not None and "health" in facts:  # a checkpoint of version 0.1.0 does not say what was skipped
+        expected.add(state.step - state.health.skipped)
+    if expected != {counted}:
+        said = " and ".join(map(str, sorted(expected - {counted}, key=str)))
+        raise CheckpointError(f"{checkpoint}: its optimizer has made {counted} updates, its counters say {said}")
+
+
+def optimizer_updates(optimizer: torch.optim.Optimizer) -> int | None:
+    """How many updates the optimizer itself counts; None if it does not count, or differently for its parameters."""
+    counts = {int(own["step"]) if "step" in own else None for own in optimizer.state.values()}
+    everywhere = len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
+    return counts.pop() if len(counts) == 1 and everywhere else None
+
+
+def not_finite(tensors: Mapping[str, Any]) -> str | None:
+    """The name of a tensor that holds something that is not finite; None if there is none."""
+    with torch.no_grad():  # a sum is finite if its terms are, and costs a thirtieth of looking at each
+        floating = {name: own for name, own in tensors.items() if torch.is_tensor(own) and own.is_floating_point()}
+        sums = [own.detach().sum(dtype=torch.float32).cpu() for own in floating.values()]
+        return next((name for name, own in zip(floating, sums, strict=True) if not torch.isfinite(own)), None)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """A number for the bits of each tensor of 4-byte numbers, computed where it is."""
+    whole = [own.detach().contiguous().view(torch.int32) for own in tensors.values() if own.element_size() == 4]
+    return tuple(int(own.sum(dtype=torch.int64)) for own in whole)
 
 
 def require_optimizer(checkpoint: Path) -> None:
@@ -373,7 +184,8 @@ def require_optimizer(checkpoint: Path) -> None:
 
 def write_model_description(folder: Path, config: ModelConfig, vocab_size: int) -> None:
     """Write ``model.json``: enough to build the model without anything else."""
-    _write_json(folder / MODEL, {**to_plain(config), "vocab_size": vocab_size})
+    document = {**to_plain(config), "vocab_size": vocab_size}
+    (folder / MODEL).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(run_or_checkpoint: Path | str) -> Transformer:
@@ -386,9 +198,14 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     path = checkpoint / MODEL
     try:
         config = from_mapping(ModelConfig, json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from None
-    refuse((config.vocab_size is None, f"{path}: vocab_size is missing"))
+        with safe_open(checkpoint / WEIGHTS, "pt") as file:
+            tensors = len(file.keys())
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read, or its weights ({error})") from None
+    refuse(
+        (config.vocab_size is None, f"{path}: vocab_size is missing"),
+        (config.num_layers > tensors, f"{path}: num_layers is {config.num_layers}, and there are only {tensors} weights"),
+    )
     return config
 
 
@@ -401,7 +218,10 @@ def read_model(checkpoint: Path) -> Transformer:
     assert config.vocab_size is not None
     with torch.device("meta"):
         model = Transformer(config, config.vocab_size)
-    model.load_state_dict(load_file(checkpoint / WEIGHTS), assign=True)
+    try:
+        model.load_state_dict(load_file(checkpoint / WEIGHTS), assign=True)
+    except _DOES_NOT_LOAD as error:
+        raise CheckpointError(f"{checkpoint / WEIGHTS} does not fit its {MODEL}: {str(error).splitlines()[0][:300]}") from None
     model.make_tables()
     return model.eval()
 
@@ -425,3 +245,10 @@ def read_tokenizer(checkpoint: Path, named: str | None = None) -> Tokenizer:
             f"source.tokenizer: {tokenizer.name} has {tokenizer.vocab_size:,} ids, the model knows only {vocab_size:,}"
         )
     return tokenizer
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -3,11 +3,13 @@
 Read :meth:`TokenBatches.micro_batches` first. A run consumes samples 0, 1, 2, ...; sample *i* is the same window of tokens
 whatever the number of processes, the micro-batch or the accumulation, and after any restart: the only state of the data is how
 many samples were consumed. The next update of G samples splits them as
-``first_sample + (micro_step * world_size + rank) * batch_size + row``.
+``first_sample + (micro_step * world_size + rank) * batch_size + row``. After a rollback, some samples are left out: then the
+run consumes the others, in the same order (:func:`numbers_of`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -136,6 +138,17 @@ class _Order:
         return self.windows.starts_of(windows, phases)
 
 
+def numbers_of(positions: np.ndarray, left_out: Sequence[Sequence[int]]) -> np.ndarray:
+    """The numbers of the samples that a run consumes at these positions, without the ranges ``[first, end)`` in ``left_out``.
+
+    The ranges are ascending and do not overlap.
+    """
+    numbers = positions
+    for first, end in left_out:
+        numbers = np.where(numbers >= first, numbers + (end - first), numbers)
+    return numbers
+
+
 class TokenBatches:
     """The micro-batches of one process. Holds no position: every call says which samples it wants.
 
@@ -173,9 +186,19 @@ class TokenBatches:
         # The order is worked out for a block of samples at a time, which costs less per sample than one update at a time.
         self._block = min(max(self.samples_per_epoch, 256), 16384)
         self._orders: dict[int, np.ndarray] = {}
+        self._left_out: tuple[tuple[int, ...], ...] = ()
+
+    def leave_out(self, ranges: Sequence[Sequence[int]]) -> None:
+        """From now on read no sample in these ranges ``[first, end)``: see :func:`numbers_of`."""
+        self._left_out = tuple(tuple(pair) for pair in ranges)
+        self._ahead, self._ahead_first = [], 0
+
+    def numbers(self, first_sample: int) -> np.ndarray:
+        """Which samples :meth:`micro_batches` gives: their numbers, int64 (micro-steps, batch size)."""
+        return numbers_of(first_sample + self._share, self._left_out)
 
     def micro_batches(self, first_sample: int) -> list[Batch]:
-        """This process's micro-batches, in order, of the update whose samples begin at ``first_sample``."""
+        """This process's micro-batches, in order, of the update that begins when ``first_sample`` samples were consumed."""
         update, odd = divmod(first_sample - self._ahead_first, self._samples_per_step)
         if odd or not 0 <= update < len(self._ahead):
             self._ahead, self._ahead_first, update = self._read_updates(first_sample), first_sample, 0
@@ -183,7 +206,7 @@ class TokenBatches:
 
     def _read_updates(self, first_sample: int) -> list[list[Batch]]:
         begins = first_sample + np.arange(self._updates_ahead) * self._samples_per_step
-        numbers = begins[:, None, None] + self._share
+        numbers = numbers_of(begins[:, None, None] + self._share, self._left_out)
         ids = torch.from_numpy(self.samples(numbers.ravel())).unflatten(0, numbers.shape)
         return [[Batch(ids_BS) for ids_BS in update] for update in ids]
 

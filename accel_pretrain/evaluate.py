@@ -20,7 +20,8 @@ from typing import Any, Literal, cast
 
 from accelerate import Accelerator
 
-from accel_pretrain.checkpoint import read_model, read_state, read_tokenizer, resolve
+from accel_pretrain.checkpoint import read_model, read_state, read_tokenizer
+from accel_pretrain.commit import resolve
 from accel_pretrain.config import RunConfig
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import ConfigError, DataError, refuse, reported

@@ -6,59 +6,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 
-from accel_pretrain.checkpoint import TrainState, publish, write_model_description
-from accel_pretrain.config import Plan, RunConfig, Splits
-from accel_pretrain.data import TokenBatches, Windows
+from accel_pretrain.checkpoint import TrainState, write_model_description
+from accel_pretrain.data import Windows
 from accel_pretrain.errors import PretrainError
 from accel_pretrain.generate import SamplingConfig, generate
-from accel_pretrain.metrics import Stopwatch, peak_flops
-from accel_pretrain.models import Transformer
+from accel_pretrain.metrics import peak_flops
 from accel_pretrain.optim import set_lr
-from accel_pretrain.runtime import StopSignal, seed_dropout
-from accel_pretrain.tokenizer import Tokenizer
-from accel_pretrain.trackers import RunLog
+from accel_pretrain.recovery import divergence, heed_alarm, went_back
+from accel_pretrain.run import TrainingRun
+from accel_pretrain.runtime import seed_dropout
 from accel_pretrain.typed_yaml import to_yaml
-from accel_pretrain.validation import EvalResult, validate
+from accel_pretrain.validation import Abandoned, EvalResult, validate
 
-MAX_SKIPPED_IN_A_ROW = 10
 RULE = "-" * 80
 _NOTHING = contextlib.nullcontext()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRun:
-    """Everything that the loop needs, made by :mod:`accel_pretrain.train`.
-
-    ``model`` is prepared and ``module`` the same unwrapped. ``weights_B`` is what a nat of a sequence counts in the gradient.
-    """
-
-    config: RunConfig
-    plan: Plan
-    splits: Splits
-    accelerator: Accelerator
-    model: nn.Module
-    module: Transformer
-    optimizer: torch.optim.Optimizer
-    batches: TokenBatches
-    weights_B: torch.Tensor
-    tokenizer: Tokenizer | None
-    log: RunLog
-    stop: StopSignal
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    guard: FiniteGuard = field(default_factory=lambda: FiniteGuard())
-    parameters: list[nn.Parameter] = field(default_factory=list)
-
-    @property
-    def run_dir(self) -> Path:
-        return self.config.checkpoint.checkpoint_dir
 
 
 @dataclass(frozen=True)
@@ -73,26 +41,32 @@ class Update:
 def fit(run: TrainingRun, state: TrainState) -> TrainState:
     """Train from ``state`` to the end of the plan, or to a wish to stop; evaluate, report and save on the way."""
     config, plan = run.config, run.plan
-    saved = state.step
     run.watch.restart(state.step)
+    run.watchdog.enter("first update")
     while state.step < plan.max_iters and not run.stop.agreed():
         update = train_step(run, state)
+        if update is None:
+            break  # asked to stop, and the update would have taken too long to finish
+        if run.guard.wants_back and went_back(run, state):
+            continue
         state.step += 1
         state.samples += plan.samples_per_step
         state.tokens += plan.tokens_per_step
         run.log.advance()
+        run.watchdog.enter("update")
         if due(state.step, config.logging.log_interval):
             log_update(run, state, update)
+        if run.guard.alarmed:
+            heed_alarm(run, state)
         if state.step == plan.max_iters:
             break  # the last evaluation and checkpoint are finish's
         with run.watch.paused():
             best = due(state.step, config.evaluation.eval_interval) and evaluate(run, state, "eval")
             if due(state.step, config.logging.sample_interval):
                 show_sample(run, state)
-            if due(state.step, config.checkpoint.checkpoint_interval) or best:
+            if due(state.step, config.checkpoint.checkpoint_interval) or best or run.stop.save_due:
                 save(run, state, is_best=best)
-                saved = state.step
-    finish(run, state, saved)
+    finish(run, state)
     return state
 
 
@@ -101,18 +75,21 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def train_step(run: TrainingRun, state: TrainState) -> Update:
+def train_step(run: TrainingRun, state: TrainState) -> Update | None:
     """One update: forward and backward over the micro-batches, clip, step.
 
     The gradient is that of the mean loss over all tokens of the update, on all processes: each micro-batch contributes its
     summed nats, divided by the tokens of the whole update. DDP averages over processes, so that is multiplied back in.
-    Gradients are exchanged once, in the last micro-step.
+    Gradients are exchanged once, in the last micro-step. None, with nothing changed, when the run is to stop instead.
     """
     accelerator, plan, config = run.accelerator, run.plan, run.config
     lr = config.schedule.lr(state.step + 1, config.optimizer.lr, plan.max_iters)
     set_lr(run.optimizer, lr)
     nats: list[torch.Tensor] = []
     for micro_step, cpu_batch in enumerate(run.batches.micro_batches(state.samples)):
+        if run.stop.drops_update(micro_step, plan.accumulation):
+            run.optimizer.zero_grad()
+            return None
         batch = cpu_batch.to(accelerator.device)
         if config.model.dropout:
             seed_dropout(config.training.seed, state.step, micro_step * plan.world_size + accelerator.process_index)
@@ -124,7 +101,8 @@ def train_step(run: TrainingRun, state: TrainState) -> Update:
     grad_norm = accelerator.clip_grad_norm_(run.parameters, config.training.grad_clip or float("inf"))
     assert grad_norm is not None  # as it would be under DeepSpeed
     loss = _sum_over_processes(run, torch.cat(nats).sum()) / plan.tokens_per_step
-    run.guard.step(run, loss, grad_norm)
+    run.saver.wait_until_copied()  # a checkpoint may be in the making
+    run.guard.step(accelerator, run.optimizer, state.health, state.step + 1, loss, grad_norm)
     return Update(loss=loss, grad_norm=grad_norm, lr=lr)
 
 
@@ -134,52 +112,13 @@ def _sum_over_processes(run: TrainingRun, value: torch.Tensor) -> torch.Tensor:
     return run.accelerator.reduce(value, reduction="sum")  # type: ignore[return-value]
 
 
-class FiniteGuard:
-    """Applies an update only if its loss and gradient are finite; otherwise weights and moments stay as they are, bit for bit.
-
-    On a GPU the decision stays on the device, in the fused optimizers' own ``found_inf``, so that nothing waits for it.
-    """
-
-    def __init__(self) -> None:
-        self._skipped: torch.Tensor | int = 0
-        self._in_a_row: torch.Tensor | int = 0
-
-    def step(self, run: TrainingRun, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        if run.accelerator.scaler is not None:  # fp16: the scaler looks for overflow itself, and lowers its scale
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            return
-        # The wrapped optimizer's step costs 0.1 ms of its own; without a scaler it has nothing to add to the inner one's.
-        optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-        if loss.device.type == "cuda":
-            bad = (~torch.isfinite(loss + grad_norm)).float()
-            optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
-            optimizer.step()
-            self._skipped, self._in_a_row = self._skipped + bad, (self._in_a_row + bad) * bad
-        elif math.isfinite(loss.item() + grad_norm.item()):
-            optimizer.step()
-            self._in_a_row = 0
-        else:
-            self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
-            self.check()
-        optimizer.zero_grad(set_to_none=True)
-
-    def check(self) -> int:
-        """How many updates were skipped so far; raises when the run has diverged."""
-        if int(self._in_a_row) >= MAX_SKIPPED_IN_A_ROW:
-            raise PretrainError(
-                f"the loss or its gradient was not finite for {int(self._in_a_row)} updates in a row, none of which touched "
-                "the weights: the run has diverged; go on from the last checkpoint with a lower --lr"
-            )
-        return int(self._skipped)
-
-
 # -------------------------------------------------------------------------------------------------------- now and then
 
 
 def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
     """Report one update. The only place, besides evaluation, where the processor waits for the device."""
-    loss, grad_norm, skipped = update.loss.item(), update.grad_norm.item(), run.guard.check()
+    run.guard.settle(state.health)
+    loss, grad_norm, skipped = update.loss.item(), update.grad_norm.item(), state.health.skipped
     seconds = run.watch.seconds_per_step(state.step)
     tokens_per_sec = run.plan.tokens_per_step / seconds
     metrics = {
@@ -207,7 +146,12 @@ def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
 def evaluate(run: TrainingRun, state: TrainState, prefix: str) -> bool:
     """Measure both losses and report them; says whether this is now the best model, which wants to be saved as such."""
     run.log.line(f"{RULE}\nEvaluating at iteration {state.step}...")
-    train, val = (_validate(run, which) for which in ("train", "val"))
+    try:
+        with run.watchdog.phase("evaluation"):
+            train, val = (_validate(run, which) for which in ("train", "val"))
+    except Abandoned:
+        run.log.line(f"Evaluation abandoned to save and leave\n{RULE}")
+        return False
     improved = run.config.checkpoint.save_best and math.isfinite(val.loss)
     improved = improved and (state.best_val_loss is None or val.loss < state.best_val_loss)
     if improved:
@@ -234,7 +178,7 @@ def _validate(run: TrainingRun, which: str) -> EvalResult:
     return validate(
         run.accelerator, run.module, windows, batch_size=run.plan.batch_size,
         wanted=min(val.count, run.plan.eval_windows or val.count),
-        bytes_per_token=split.bytes_per_token,
+        bytes_per_token=split.bytes_per_token, interrupted=run.interrupted,
     )  # fmt: skip
 
 
@@ -265,6 +209,7 @@ def show_sample(run: TrainingRun, state: TrainState) -> None:
 
 def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
     """Publish a checkpoint, with all that is needed to go on, to sample and to evaluate without anything else."""
+    run.guard.settle(state.health)
 
     def write_extras(folder: Path) -> None:
         (folder / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
@@ -272,25 +217,32 @@ def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
         if run.tokenizer is not None:
             run.tokenizer.save(folder / "tokenizer")
 
-    path = publish(
-        run.accelerator, run.run_dir, state, is_best=is_best, keep_last=run.config.checkpoint.keep_last,
-        facts={
-            "world_size": run.plan.world_size, "tokens_per_step": run.plan.tokens_per_step,
-            "data_fingerprint": run.splits.train.fingerprint,
-        },
-        write_extras=write_extras,
-    )  # fmt: skip
-    run.log.line(f"Saved checkpoint to {path}")
+    facts = {
+        "world_size": run.plan.world_size, "tokens_per_step": run.plan.tokens_per_step,
+        "data_fingerprint": run.splits.train.fingerprint,
+        "tokenizer_fingerprint": (run.splits.train.tokenizer or {}).get("fingerprint"),
+        "config_sha256": hashlib.sha256(to_yaml(run.config).encode()).hexdigest(),
+    }  # fmt: skip
+    run.watchdog.enter("save")
+    run.saver.save(state, facts=facts, write_extras=write_extras, is_best=is_best)
+    run.watchdog.enter("update")
 
 
-def finish(run: TrainingRun, state: TrainState, saved: int) -> None:
+def finish(run: TrainingRun, state: TrainState) -> None:
     """The end: a last evaluation and checkpoint; or, when asked to stop, only the checkpoint."""
+    run.saver.wait(state)
+    run.guard.settle(state.health)
+    if run.guard.alarmed:
+        heed_alarm(run, state)
+    if 0 < state.step == state.health.skipped:
+        raise divergence(run, state, f"none of the {state.step} updates could be applied")
     if state.step < run.plan.max_iters:
-        if state.step > saved:
+        if state.step > run.saver.saved.step:
             save(run, state)
+            run.saver.finish(state)
         again = "the same command goes on" if run.config.checkpoint.resume_from == "auto" else "go on with --resume_from auto"
         run.log.line(f"Stopped after update {state.step} of {run.plan.max_iters}; {again} from here")
-    elif state.step == saved:
+    elif state.step == run.saver.saved.step:
         run.log.line(
             f"Nothing to do: {state.step} of {run.plan.max_iters} updates are done; more max_iters, tokens or epochs go on"
         )
@@ -299,3 +251,4 @@ def finish(run: TrainingRun, state: TrainState, saved: int) -> None:
         if run.config.logging.sample_interval is not None:
             show_sample(run, state)
         save(run, state, is_best=best)
+        run.saver.finish(state)

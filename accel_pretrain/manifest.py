@@ -90,16 +90,30 @@ def read_manifest(folder: Path, *, to_the_byte: bool = False) -> Manifest:
             if any(Path(name).name != name for name in (info.path, info.index)):
                 raise ValueError(f"bad file name {info.path!r}")
         manifest = Manifest(files=files, **{key: document[key] for key in document if key not in ("format", "version")})
-        if manifest.dtype not in DTYPES or manifest.tokenizer["vocab_size"] < 1:
-            raise ValueError("bad dtype or tokenizer")
+        _check_kinds(manifest)
         return manifest
     except FileNotFoundError:
         raise DataError(
             f"{path} does not exist: {folder} is not a token dataset, or prep did not finish there. "
             f"Run: python -m prep.tokenize SRC... -o {folder}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: damaged ({error}); write the dataset again with prep.tokenize") from None
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """Raise ValueError unless every value is of its kind: what is damaged need not have a hash of its own."""
+    kinds = {"str": str, "int": int}
+    for info in manifest.files:
+        for item in dataclasses.fields(info):
+            value = getattr(info, item.name)
+            if type(value) is not kinds[str(item.type)] or (type(value) is int and value < 0):
+                raise ValueError(f"bad {item.name} {str(value)[:60]!r}")
+    known = {key: type(manifest.tokenizer[key]) for key in ("name", "vocab_size", "fingerprint")}
+    if manifest.dtype not in DTYPES or known != {"name": str, "vocab_size": int, "fingerprint": str}:
+        raise ValueError("bad dtype or tokenizer")
+    if manifest.tokenizer["vocab_size"] < 1 or type(manifest.prep) is not dict or type(manifest.tokenizer_files) is not dict:
+        raise ValueError("bad tokenizer, prep or tokenizer_files")
 
 
 def _as_text(document: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of ``metrics.jsonl`` or ``samples.jsonl``, without torn lines. A metric that was not finite is None."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)

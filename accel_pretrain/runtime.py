@@ -1,4 +1,4 @@
-"""The process and its surroundings: the Accelerator, device, precision, random seeds, and the wish to stop.
+"""The process and its surroundings: the Accelerator, device, precision, random seeds, launchers, and agreement.
 
 The only module that reads the environment variables of launchers. Machines are described there and in
 ``accelerate_config.yaml``; numbers that change the result are described in the config file.
@@ -7,29 +7,26 @@ The only module that reads the environment variables of launchers. Machines are 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
+import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
 from accel_pretrain.errors import ConfigError, refuse
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
 
-# The terminal's Ctrl+C, a scheduler's request, and a closed terminal.
-_STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _PRECISIONS = {"no": "no", "float32": "no", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
 
 
@@ -51,9 +48,20 @@ class TrainingConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
     cpu_threads: int | None = option(None, "threads per process on a CPU; null: the cores shared among the processes here")
     seed: int = option(42, "of the initial weights, the data order and dropout")
+    hang_timeout: float | None = option(600.0, "seconds without progress after which a process says where it hangs and ends")
+    requeue: bool | None = option(None, "after SIGUSR1, give the job back to Slurm's queue; null: if Slurm runs it")
+    on_spike: Literal["log", "skip", "rollback"] = option(
+        "log",
+        "loss or gradient norm 6 standard deviations above the last 128: log | skip the update | rollback to a checkpoint",
+    )
+    rollback_updates: int = option(100, "a rollback leaves out the samples of so many updates, the last being the spike")
+    max_rollbacks: int = option(3, "the next one ends the run")
 
     def __post_init__(self) -> None:
-        amounts = ("batch_size", "gradient_accumulation_steps", "global_batch_size", "max_iters", "max_tokens", "cpu_threads")
+        amounts = (
+            "batch_size", "gradient_accumulation_steps", "global_batch_size", "max_iters", "max_tokens", "cpu_threads",
+            "rollback_updates",
+        )  # fmt: skip
         both = self.gradient_accumulation_steps is not None and self.global_batch_size is not None
         ends = [name for name in ("max_iters", "max_tokens", "epochs") if getattr(self, name) is not None]
         refuse(
@@ -66,6 +74,11 @@ class TrainingConfig:
             (len(ends) > 1, f"{' and '.join(ends)}: give one of them, each says when to stop"),
             (self.epochs is not None and self.epochs <= 0, f"epochs: must be positive, got {self.epochs}"),
             (self.grad_clip is not None and self.grad_clip <= 0, f"grad_clip: must be positive or null, got {self.grad_clip}"),
+            (self.max_rollbacks < 0, f"max_rollbacks: must not be negative, got {self.max_rollbacks}"),
+            (
+                self.hang_timeout is not None and self.hang_timeout <= 0,
+                f"hang_timeout: must be positive, got {self.hang_timeout}",
+            ),
             (not 0 <= self.seed < 2**63, f"seed: must be at least 0 and below 2^63, got {self.seed}"),
         )
 
@@ -74,13 +87,15 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
     """The Accelerator, made before anything else: it decides device, precision and process group.
 
     Raises :class:`ConfigError` for a device or precision that this machine does not have, and when the launcher started a
-    number of processes that Accelerate does not see.
+    number of processes that Accelerate does not see, or fewer than it was asked for.
     """
     cpu = _use_cpu(training.device)
     precision, _ = resolve_precision(training, cpu)
     refuse((precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"))
     if cpu:
         torch.set_num_threads(_threads(training.cpu_threads))
+    # Longer than the watchdog of any process waits, so that it is the one to say where a run hangs.
+    timeout = timedelta(seconds=3 * (training.hang_timeout or 24 * 3600) + 60)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     accelerator = Accelerator(
         cpu=cpu,
@@ -90,27 +105,27 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
             num_steps=1, adjust_scheduler=False, sync_with_dataloader=False
         ),
         # Rotary tables are buffers and equal everywhere: broadcasting them at every forward would only cost time.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timeout, init_method=_meeting_place()),
+        ],
         log_with=[*log_with] or None,
         project_dir=str(run_dir),
     )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise ConfigError(f"the launcher started {expected} processes, but Accelerate sees {accelerator.num_processes}")
+    _refuse_missing_processes(cpu, accelerator.num_processes)
     return accelerator
 
 
 def _threads(wanted: int | None) -> int:
     """Launchers set OMP_NUM_THREADS to 1 where nobody chose, which would leave most of a CPU idle: then cores are shared."""
     chosen = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
-    if wanted is not None or chosen > 1 or (chosen == 1 and not _launched()):
+    if wanted is not None or chosen > 1 or (chosen == 1 and not launched()):
         return wanted or chosen
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _launched() -> bool:
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _use_cpu(wanted: str) -> bool:
@@ -154,69 +169,116 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     torch.manual_seed(key_of(seed, step, micro_batch))
 
 
-# ------------------------------------------------------------------------------------------------------------- stopping
+# ------------------------------------------------------------------------------------------------------------ launchers
 
 
-class StopSignal:
-    """Remembers that Ctrl+C, SIGTERM or SIGHUP came, so that the loop can finish its update, save, and leave.
+def launched() -> bool:
+    """Whether a launcher, Accelerate's or torch's, started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or elastic()
 
-    The handler only sets a flag. Signals that follow within a second count as the same wish (launchers pass them on twice); a
-    later Ctrl+C leaves at once, which loses nothing that was already published.
+
+def elastic() -> bool:
+    """Whether torch's elastic launcher watches this process; ``accelerate launch`` uses it for more than one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _meeting_place() -> str | None:
+    """Where processes that an elastic launcher starts find each other; None leaves it to Accelerate.
+
+    After a restart (``--max_restarts``) the launcher's store still holds the addresses of the dead processes, and torch
+    2.13 may wait for those for ever. So each start gets a part of the store for itself.
     """
+    if not elastic():
+        return None
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._since = 0.0
-        self._control: Any = None
-        self._previous: dict[int, Any] = {}
+    start = f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
-    def __enter__(self) -> StopSignal:
-        for number in _STOP_SIGNALS:
-            previous = signal.signal(number, self._handle)
-            self._previous[number] = previous
-            if previous is signal.SIG_IGN and number not in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, previous)  # nohup: the user has already said what a closed terminal means
-        _stop_with_the_launcher()
-        return self
+    def meet(url: str, **options: Any) -> Iterator[tuple[PrefixStore, int, int]]:
+        for store, rank, world_size in rendezvous(url.replace("restartable:", "env:", 1), **options):
+            yield PrefixStore(start, store), rank, world_size
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.signal is None:
-            self.signal, self._since = number, now
-            with contextlib.suppress(OSError):  # stderr may be a pipe whose reader the same Ctrl+C has ended
-                os.write(2, b"\nstopping: finishing this update and saving (Ctrl+C again to leave at once)\n")
-        elif number == signal.SIGINT and now - self._since > 1.0:
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nleaving without saving; the last checkpoint is untouched\n")
-            os._exit(130)
-
-    def agreed(self) -> bool:
-        """Whether any process was asked to stop: all processes get the same answer at the same update. Collective."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self.signal is not None
-        if self._control is None:  # on the CPU, so that asking never waits for a GPU
-            self._control = dist.new_group(backend="gloo")
-        flag = torch.tensor(self.signal or 0)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)
-        if flag.item():  # never the other way round: a signal may have come while the processes were talking
-            self.signal = int(flag)
-        return bool(flag)
-
-    @property
-    def exit_code(self) -> int:
-        """0 when nothing stopped the run, or under an elastic launcher (which would call anything else a failure)."""
-        return 0 if self.signal is None or "TORCHELASTIC_RUN_ID" in os.environ else 128 + self.signal
+    with contextlib.suppress(RuntimeError):  # it is registered already
+        register_rendezvous_handler("restartable", meet)
+    return "restartable://"
 
 
-def _stop_with_the_launcher() -> None:
-    """Ask Linux to send SIGTERM when the launcher dies: it does not always pass its own SIGTERM on, and leaves orphans."""
-    if _launched() and sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+_LAUNCHERS = (
+    "ACCELERATE_",
+    "FSDP_",
+    "TORCHELASTIC_",
+    "TORCH_NCCL_",
+    "MASTER_",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+)
+
+
+def launcher_variables() -> dict[str, str]:
+    """What a launcher, or a person in its place, has set in the environment."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_LAUNCHERS)}
+
+
+def environment_of_its_own(**extra: str) -> dict[str, str]:
+    """The environment for a run that another program starts: this one without what a launcher has set, and ``extra``."""
+    dropped = launcher_variables().keys() - {"ACCELERATE_USE_CPU"}
+    return {name: value for name, value in os.environ.items() if name not in dropped} | extra
+
+
+def slurm_job() -> str | None:
+    """The number of the Slurm job that this process belongs to."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def parent_command() -> list[str]:
+    """The command line of the process that started this one; empty where the system does not tell."""
+    try:
+        if sys.platform == "linux":
+            return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        shown = subprocess.run(["ps", "-o", "command=", "-p", str(os.getppid())], capture_output=True, text=True, timeout=5)
+        return shown.stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+
+
+def _asked_for(words: list[str]) -> int:
+    """How many processes a command line of ``accelerate launch`` asks for, itself or in its config file; 1 if it is none."""
+    if not any("accelerate" in word for word in words[:3]):
+        return 1
+    values: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes", "--config_file", "--config-file"):
+            values.setdefault(name.replace("-", "_"), value if equals else following)
+    number = values.get("__num_processes")
+    if number is None:
+        file = values.get("__config_file") or (None if "--cpu" in words else default_config_file)
+        try:
+            document = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
+            alone = str(document.get("distributed_type", "NO")) in ("NO", "False")
+            number = "1" if alone else document.get("num_processes", 1)
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            number = "1"
+    return int(number) if str(number).isdigit() else 1
+
+
+def _refuse_missing_processes(cpu: bool, seen: int) -> None:
+    """``accelerate launch --cpu --num_processes 2`` starts one process, and says nothing."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or elastic():
+        return
+    asked = _asked_for(parent_command())
+    instead = f"accelerate launch --multi_gpu --num_processes {asked} -m accel_pretrain.train ..."
+    refuse(
+        (
+            asked > seen,
+            f"accelerate launch was asked for {asked} processes and started {seen}; "
+            f"type: {'ACCELERATE_USE_CPU=1 ' if cpu else ''}{instead} (without --cpu)",
+        )
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- agreement

@@ -19,7 +19,8 @@ from typing import Literal
 
 import torch
 
-from accel_pretrain.checkpoint import read_model, read_tokenizer, resolve
+from accel_pretrain.checkpoint import read_model, read_tokenizer
+from accel_pretrain.commit import resolve
 from accel_pretrain.errors import ConfigError, refuse, reported
 from accel_pretrain.generate import SamplingConfig, generator_for, streams
 from accel_pretrain.models import Transformer

@@ -65,7 +65,8 @@ def dtype_for(largest_id: int) -> str:
 
 def as_ids(ids: np.ndarray, dtype: str, vocab_size: int) -> np.ndarray:
     """``ids`` cast to ``dtype`` after checking that every id is below ``vocab_size``: a plain cast would wrap silently."""
-    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= min(vocab_size, np.iinfo(DTYPES[dtype]).max + 1)):
+    largest = min(vocab_size - 1, int(np.iinfo(DTYPES[dtype]).max))
+    if ids.size and ((ids.dtype.kind != "u" and int(ids.min()) < 0) or int(ids.max()) > largest):
         raise DataError(
             f"token ids reach from {ids.min()} to {ids.max()}; the vocabulary has {vocab_size} ids, stored as {dtype}"
         )

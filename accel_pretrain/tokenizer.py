@@ -10,20 +10,28 @@ Text is text: a literal ``<|endoftext|>`` in a document is encoded as its charac
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
 import json
 import re
+import struct
 from abc import ABC, abstractmethod
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from accel_pretrain.errors import DataError
+from accel_pretrain.split_patterns import GPT2_PATTERN as GPT2_PATTERN
+from accel_pretrain.split_patterns import quick_spelling
 from accel_pretrain.token_text import byte_alphabet as byte_alphabet
 from accel_pretrain.token_text import decode_token, decoder_steps, first_id, never_found
+
+if TYPE_CHECKING:
+    import tiktoken
 
 SPEC_FILE = "spec.json"
 RANKS_FILE = "ranks.tiktoken"
@@ -31,8 +39,6 @@ DEFINITION_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 EXTRA_FILES = ("chat_template.jinja", "special_tokens_map.json")  # kept beside these two for the way back
 END_OF_TEXT = "<|endoftext|>"
 LARGEST = 1 << 24  # no vocabulary has so many ids: an id beyond it is damage, and would ask for terabytes of embeddings
-# GPT-2's pre-tokenisation pattern (Radford et al. 2019), in tiktoken's possessive spelling: same splits, no backtracking.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 class Tokenizer(ABC):
@@ -104,17 +110,23 @@ class BpeTokenizer(Tokenizer):
         specials: Mapping[str, int] | None = None,
         eot: str = END_OF_TEXT,
     ) -> None:
-        import tiktoken
-
         self.name = name
-        self.ranks, self.pattern, self.eot = dict(ranks), pattern, eot
+        self.ranks, self.pattern, self.eot = dict(sorted(ranks.items(), key=itemgetter(1))), pattern, eot
         self.specials = dict(specials or {eot: len(ranks)})
         if eot not in self.specials:
             raise DataError(f"tokenizer {name} has no {eot} token, which must end every document")
         self.eot_id = self.specials[eot]
         self.vocab_size = 1 + max(max(self.ranks.values()), *self.specials.values())
         self.fingerprint = _fingerprint(self.ranks, pattern, self.specials, eot)
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.specials)
+
+    @functools.cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        """Built when it is first needed: who only compares or saves tokenizers does without."""
+        import tiktoken
+
+        return tiktoken.Encoding(
+            self.name, pat_str=quick_spelling(self.pattern), mergeable_ranks=self.ranks, special_tokens=self.specials
+        )
 
     def encode(self, text: str) -> np.ndarray:
         try:
@@ -138,9 +150,8 @@ class BpeTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        ordered = sorted(self.ranks.items(), key=lambda item: item[1])
-        lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ordered)
-        (folder / RANKS_FILE).write_text("".join(lines))
+        lines = [b"%b %d\n" % (b2a_base64(token, newline=False), rank) for token, rank in self.ranks.items()]
+        (folder / RANKS_FILE).write_bytes(b"".join(lines))
         spec = {"kind": "bpe", "name": self.name, "pattern": self.pattern, "special_tokens": self.specials}
         if self.eot != END_OF_TEXT:
             spec["eot"] = self.eot
@@ -149,9 +160,10 @@ class BpeTokenizer(Tokenizer):
 
 
 def _fingerprint(ranks: Mapping[bytes, int], pattern: str, specials: Mapping[str, int], eot: str) -> str:
+    """``ranks`` in their order."""
     digest = hashlib.sha256(pattern.encode())
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        digest.update(len(token).to_bytes(4, "little") + token + rank.to_bytes(4, "little"))
+    number = struct.Struct("<I").pack
+    digest.update(b"".join([number(len(token)) + token + number(rank) for token, rank in ranks.items()]))
     digest.update(json.dumps(sorted(specials.items())).encode())
     if eot != END_OF_TEXT:  # the fingerprints of datasets that were written before there was a choice stay what they are
         digest.update(eot.encode())
@@ -304,7 +316,7 @@ def _read_ranks(path: Path, *, gaps: bool = False) -> dict[bytes, int]:
     """The ranks in a file; ``gaps`` lets ids be left out, as in p50k_base, where a special token has one of them."""
     try:
         pairs = (line.split() for line in path.read_bytes().splitlines() if line)
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        ranks = {a2b_base64(token, strict_mode=True): int(rank) for token, rank in pairs}
     except ValueError as error:
         raise DataError(f"{path}: not a file of tiktoken ranks ({error})") from None
     ids = set(ranks.values())

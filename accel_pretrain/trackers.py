@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from accel_pretrain.errors import refuse
 from accel_pretrain.metrics import MetricsFile, cut_back
+from accel_pretrain.redaction import redact
 from accel_pretrain.typed_yaml import option
 
 _TAKE_TEXT = ("tensorboard", "comet_ml", "trackio")  # what Accelerate's log does with a text there: keep it
@@ -107,7 +108,7 @@ class RunLog:
         if self._accelerator.is_main_process:
             encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # of a terminal that may not know every character
             try:
-                self._bar.write(text.encode(encoding, errors="replace").decode(encoding), file=sys.stdout)
+                self._bar.write(redact(text).encode(encoding, errors="replace").decode(encoding), file=sys.stdout)
                 sys.stdout.flush()
             except BrokenPipeError:  # nobody reads any more: Ctrl+C ended the `tee` behind us too. The run must still be saved
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -124,6 +125,15 @@ class RunLog:
             self._accelerator.log({**metrics, "tokens": tokens}, step=step)
         except Exception as error:
             self._give_up(error)
+
+    def rewind(self, step: int) -> None:
+        """Take back what was reported of later updates, which are about to happen again; trackers keep what they have."""
+        if self._file is not None:
+            self._file.close()
+            self._file = MetricsFile(self._samples.parent, step)
+            cut_back(self._samples, step)
+        self._bar.n = step
+        self._bar.refresh()
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Prompts and what was generated after them: a line each in the terminal, whole in ``samples.jsonl`` and trackers."""

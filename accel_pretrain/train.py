@@ -19,27 +19,30 @@ from accelerate import Accelerator
 from accel_pretrain.checkpoint import (
     CheckpointConfig,
     TrainState,
-    find_newest,
-    go_back,
     read_facts,
     read_model,
     read_model_config,
     read_state,
     require_optimizer,
-    resolve,
     restore,
-    sweep,
 )
+from accel_pretrain.commit import find_newest, go_back, resolve, sweep
 from accel_pretrain.config import Plan, RunConfig, Splits, make_plan, open_splits
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
-from accel_pretrain.loop import RULE, TrainingRun, fit
+from accel_pretrain.guard import Guard
+from accel_pretrain.loop import RULE, fit
 from accel_pretrain.models import ModelConfig, Transformer
-from accel_pretrain.runtime import StopSignal, build_accelerator, describe_runtime, seed_everything, together
+from accel_pretrain.run import TrainingRun
+from accel_pretrain.runtime import build_accelerator, describe_runtime, seed_everything, together
+from accel_pretrain.saver import Saver
+from accel_pretrain.session import Session, session, watched
+from accel_pretrain.stopping import follow_the_launcher
 from accel_pretrain.tokenizer import load_tokenizer
 from accel_pretrain.trackers import RunLog
-from accel_pretrain.typed_yaml import NULLS, CommandLine, Entry, load, parse_command_line, reference, to_plain, to_yaml
+from accel_pretrain.typed_values import NULLS
+from accel_pretrain.typed_yaml import CommandLine, Entry, load, parse_command_line, reference, to_plain, to_yaml
 
 USAGE = """\
 usage: accelerate launch -m accel_pretrain.train --config FILE [--section.key VALUE | --key VALUE | section.key=VALUE]...
@@ -117,28 +120,32 @@ def refuse_other_shape(origin: str, wanted: ModelConfig, shape: ModelConfig) -> 
 
 def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
     """Put a run together and train it; returns the exit code."""
-    accelerator = build_accelerator(config.training, config.logging.tracker_names, config.checkpoint.checkpoint_dir)
+    run_dir = config.checkpoint.checkpoint_dir
+    follow_the_launcher()
+    accelerator = build_accelerator(config.training, config.logging.tracker_names, run_dir)
     say = accelerator.print
-    try:
+    with watched(accelerator, run_dir, config.training.hang_timeout) as watchdog:
         say("Loading data with memory mapping...")
         splits = open_splits(config.data)
         plan = make_plan(config, splits, accelerator.num_processes)
         if only_print:
             say(f"{to_yaml(config)}\n# plan\n{plan.describe()}")
             return 0
-        with StopSignal() as stop:
-            run, state = assemble(config, plan, splits, accelerator, stop)
+        with session(accelerator, run_dir, watchdog) as around:
+            run, state = assemble(config, plan, splits, accelerator, around)
             try:
                 fit(run, state)
             finally:
-                run.log.close()
-            return stop.exit_code
-    finally:
-        accelerator.end_training()
+                run.saver.close()
+                around.close(run.log)
+            unfinished = accelerator.is_main_process and state.step < run.plan.max_iters
+            if line := around.end(config.training.requeue if unfinished else False):
+                say(line)
+        return around.stop.exit_code
 
 
 def assemble(
-    config: RunConfig, plan: Plan, splits: Splits, accelerator: Accelerator, stop: StopSignal
+    config: RunConfig, plan: Plan, splits: Splits, accelerator: Accelerator, around: Session
 ) -> tuple[TrainingRun, TrainState]:
     """Build model, optimizer and the rest, on every process alike, and go on from a checkpoint if there is one."""
     run_dir = config.checkpoint.checkpoint_dir
@@ -157,19 +164,29 @@ def assemble(
             layer.compile()
     with together(accelerator, PretrainError):
         log = RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters)
+
+    def published(saved: TrainState, path: Path) -> None:
+        log.line(f"Saved checkpoint to {path}")
+        around.status.progress(step=saved.step, tokens=saved.tokens, checkpoint=path)
+
+    saver = Saver(accelerator, run_dir, config.checkpoint, state, published)
+    around.stop.clock = saver.due_by_clock
     run = TrainingRun(
         config=config, plan=plan, splits=splits, accelerator=accelerator, model=model.train(), module=module,
-        optimizer=optimizer, stop=stop, parameters=list(model.parameters()),
+        optimizer=optimizer, stop=around.stop, watchdog=around.watchdog, status=around.status,
+        parameters=list(model.parameters()), guard=Guard(config.training.on_spike),
         weights_B=torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=accelerator.device),
         tokenizer=load_tokenizer(splits.train.tokenizer_path) if splits.train.tokenizer_path else None,
-        log=log,
+        log=log, saver=saver,
         batches=TokenBatches(
             splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
             accumulation=plan.accumulation, sampling=config.data.sampling,
             world_size=plan.world_size, rank=accelerator.process_index,
         ),
     )  # fmt: skip
+    run.batches.leave_out(state.health.left_out)
     announce(run, state, checkpoint or origin)
+    run.status.progress(step=state.step, tokens=state.tokens, checkpoint=checkpoint)
     run.log.start_trackers(config.logging, to_plain(config))
     return run, state
 
@@ -194,11 +211,11 @@ def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Pla
     found: list[Path | None] = [None]
     with together(accelerator, CheckpointError):
         if accelerator.is_main_process:
+            _make_writable(run_dir)
+            sweep(run_dir)
             found[0] = find_checkpoint(config)
             if found[0] is not None:
                 check_compatible(config, plan, splits, found[0])
-            _make_writable(run_dir)
-            sweep(run_dir)
             for path in go_back(run_dir, found[0]) if found[0] is not None else ():
                 print(f"set aside {path.name}, which is newer than the checkpoint to go on from")
             write_whole(run_dir / "config.yaml", to_yaml(config).encode())
@@ -223,11 +240,11 @@ def _make_writable(run_dir: Path) -> None:
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
-    """The verified checkpoint that ``resume_from`` means, or None."""
+    """The verified checkpoint that ``resume_from`` means, or None. Damaged ones are moved away: only for who holds the run."""
     run_dir, wanted = config.checkpoint.checkpoint_dir, config.checkpoint.resume_from
     if wanted not in ("auto", "never", None):
         return resolve(Path(wanted).expanduser())
-    newest = find_newest(run_dir)
+    newest = find_newest(run_dir, quarantine=True)
     if newest is not None and wanted != "auto":
         raise CheckpointError(
             f"{run_dir} already holds {newest.name}; type --resume_from auto to go on with it, or another --checkpoint_dir"
@@ -239,7 +256,7 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     """Refuse to go on with another model, data, order or optimizer; say which other settings have changed since."""
     require_optimizer(checkpoint)
     saved, now = _flat_config(load(RunConfig, checkpoint / "config.yaml")), _flat_config(config)
-    changed = {key: (saved[key], now[key]) for key in now if saved.get(key) != now[key]}
+    changed = {key: (saved.get(key, "none"), now[key]) for key in now if saved.get(key) != now[key]}
     fixed = ("optimizer.name", "data.sampling", "training.seed")
     problems = [
         f"{key}: {checkpoint.name} has {old}, this config says {new}"
@@ -247,18 +264,22 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
         if (key.startswith("model.") and key not in ("model.dropout", "model.vocab_size")) or key in fixed
     ]
     facts = read_facts(checkpoint)
-    if facts["data_fingerprint"] != splits.train.fingerprint:
+    if facts.get("data_fingerprint") != splits.train.fingerprint:
         weights = " with these weights" if splits.train.weights else ""
         problems.append(
             f"data.train_data_path: {checkpoint.name} was trained on other tokens than {splits.train.source} holds{weights}"
         )
-    if facts.get("tokens_per_step", plan.tokens_per_step) != plan.tokens_per_step:
-        print(
-            f"changed since {checkpoint.name}: {facts['tokens_per_step']:,} -> {plan.tokens_per_step:,} tokens per update; "
-            "--global_batch_size keeps it for any number of processes"
+    tokenizer = (splits.train.tokenizer or {}).get("fingerprint")
+    if facts.get("tokenizer_fingerprint", tokenizer) != tokenizer:
+        problems.append(f"data.train_data_path: {checkpoint.name} was trained with another tokenizer")
+    before = facts.get("tokens_per_step", plan.tokens_per_step) // config.model.context_length
+    if before != plan.samples_per_step and not config.checkpoint.allow_batch_change:
+        problems.append(
+            f"training.global_batch_size: {checkpoint.name} has {before} sequences per update, this is {plan.samples_per_step};"
+            f" type --global_batch_size {before} for any number of processes, or --allow_batch_change true to change the curve"
         )
     if problems:
-        raise CheckpointError([*problems, "to start afresh instead, type another --checkpoint_dir"])
+        raise ConfigError([*problems, "to start afresh instead, type another --checkpoint_dir"])
     for key, (old, new) in changed.items():
         if not key.startswith(("logging.", "checkpoint.")):
             print(f"changed since {checkpoint.name}: {key} {old} -> {new}")

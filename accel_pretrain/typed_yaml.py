@@ -12,28 +12,24 @@ collected, and all of them are raised as one :class:`~accel_pretrain.errors.Conf
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import json
-import math
 import os
-import reprlib
-import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
 from accel_pretrain.errors import ConfigError
+from accel_pretrain.redaction import secret_in
+from accel_pretrain.typed_keys import Keys, Leaf, fields_of, members_of
+from accel_pretrain.typed_keys import leaves as leaves  # through here for everybody else
+from accel_pretrain.typed_values import Mismatch, accepts, convert
+from accel_pretrain.yaml_files import read_mapping, show
 
 T = TypeVar("T")
 
-MAX_FILE_BYTES = 1 << 20
-_UNREADABLE = (yaml.YAMLError, ValueError, OverflowError, RecursionError)  # what the YAML and JSON readers raise
-NULLS = frozenset({"null", "none", "~", ""})
+MAX_PROBLEMS = 50  # of one file: what has more is not a config
 FLAG = "true"  # the value of `--use_wandb` with nothing behind it
 
 
@@ -55,278 +51,15 @@ class Entry:
     origin: str
 
 
-# ------------------------------------------------------------------------------------------------ the tree of known keys
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One settable key: its dotted path, the types that it has in the members of a union, and its documentation."""
-
-    path: str
-    types: tuple[Any, ...]
-    doc: str
-    aliases: tuple[str, ...]
-
-    @property
-    def is_flag(self) -> bool:
-        return self.types[0] is bool
-
-
-def _members(annotation: Any) -> tuple[type[Any], ...]:
-    """The dataclasses in an annotation: one for a section, several for a union, none for a leaf."""
-    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    return tuple(option for option in options if dataclasses.is_dataclass(option))  # type: ignore[misc]
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-@functools.cache
-def _fields(cls: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:
-    hints = typing.get_type_hints(cls)
-    return [(item, hints[item.name]) for item in dataclasses.fields(cls)]
-
-
-def leaves(cls: type[Any], prefix: str = "") -> dict[str, Leaf]:
-    """Every settable key below ``cls``, in declaration order, by dotted path."""
-    found: dict[str, Leaf] = {}
-    for item, annotation in _fields(cls):
-        path = f"{prefix}{item.name}"
-        if members := _members(annotation):
-            for member in members:
-                for key, leaf in leaves(member, path + ".").items():
-                    seen = found.get(key)
-                    found[key] = dataclasses.replace(seen, types=(*seen.types, *leaf.types)) if seen else leaf
-        else:
-            doc, aliases = item.metadata.get("doc", ""), item.metadata.get("aliases", ())
-            found[path] = Leaf(path, (annotation,), doc, aliases)
-    return found
-
-
-class _Keys:
-    """Finds the leaf that a written key means: a dotted path, or a last part or alias that is unique in the tree."""
-
-    def __init__(self, cls: type[Any]) -> None:
-        self.leaves = leaves(cls)
-        self.sections = {item.name for item, annotation in _fields(cls) if _members(annotation)}
-        self.short: dict[str, list[Leaf]] = {}
-        for leaf in self.leaves.values():
-            for name in (leaf.path.rpartition(".")[2], *leaf.aliases):
-                self.short.setdefault(name, []).append(leaf)
-
-    def find(self, key: str, raw: Any = None) -> Leaf | str:
-        """The leaf, or the sentence that says why there is none. Of several candidates, the one whose type takes ``raw``."""
-        key = key.replace("-", "_")
-        if key in self.leaves:
-            return self.leaves[key]
-        candidates = self.short.get(key, [])
-        if len(candidates) > 1 and raw is not None:
-            candidates = [leaf for leaf in candidates if any(_accepts(kind, raw) for kind in leaf.types)] or candidates
-        if len(candidates) == 1:
-            return candidates[0]
-        if candidates:
-            return f"{key}: several keys end so; write one of {', '.join(leaf.path for leaf in candidates)}"
-        return f"{key}: there is no such key{self._suggestion(key)}"
-
-    def _suggestion(self, key: str) -> str:
-        last = key.rpartition(".")[2]
-        if last not in self.short and (near := difflib.get_close_matches(key, self.leaves, n=1, cutoff=0.75)):
-            return f"; did you mean {near[0]}?"
-        if near := difflib.get_close_matches(last, self.short, n=1, cutoff=0.6):
-            return f"; did you mean {self.short[near[0]][0].path}?"
-        return f"; the sections are {', '.join(sorted(self.sections))}" if self.sections else ""
-
-
-# ------------------------------------------------------------------------------------------------------- text to values
-
-
-class _Mismatch(Exception):
-    """A text that its declared type does not take; carries what was expected."""
-
-
-def _accepts(annotation: Any, raw: Any) -> bool:
-    try:
-        convert(annotation, raw)
-    except _Mismatch:
-        return False
-    return True
-
-
-def convert(annotation: Any, raw: Any) -> Any:
-    """``raw`` as the declared type, or :class:`_Mismatch` with what was expected."""
-    if _is_union(annotation):
-        return _convert_union(annotation, raw)
-    if typing.get_origin(annotation) is tuple:
-        item = typing.get_args(annotation)[0]
-        if raw is None or isinstance(raw, str):
-            raw = _flow_list(raw or "")
-        if not isinstance(raw, list):
-            raise _Mismatch(f"a list of {_describe(item)}")
-        return tuple(convert(item, element) for element in raw)
-    if isinstance(raw, list | dict):
-        raise _Mismatch(_describe(annotation))
-    if typing.get_origin(annotation) is Literal:
-        choices = {str(choice).lower(): choice for choice in typing.get_args(annotation)}
-        if (text := str(raw).strip().lower()) in choices:
-            return choices[text]
-        raise _Mismatch(_describe(annotation))
-    scalars = {bool: _bool, int: _int, float: _float, str: _str, Path: _path}
-    return scalars[annotation](raw)
-
-
-def _convert_union(annotation: Any, raw: Any) -> Any:
-    options = typing.get_args(annotation)
-    if types.NoneType in options and _is_null(raw):
-        return None
-    listed = isinstance(raw, str) and raw.lstrip().startswith("[")  # where one or several are meant, this is several
-    for kind in sorted(options, key=lambda kind: listed and typing.get_origin(kind) is not tuple):
-        if kind is not types.NoneType and _accepts(kind, raw):
-            return convert(kind, raw)
-    raise _Mismatch(_describe(annotation))
-
-
-def _is_null(raw: Any) -> bool:
-    return raw is None or (isinstance(raw, str) and raw.strip().lower() in NULLS)
-
-
-def _flow_list(text: str) -> Any:
-    if text.lstrip().startswith("["):
-        try:
-            return yaml.load(text, Loader=yaml.BaseLoader)
-        except _UNREADABLE:
-            return text
-    return [] if _is_null(text) else [part.strip() for part in text.split(",")]
-
-
-def _bool(raw: Any) -> bool:
-    if isinstance(raw, bool):
-        return raw
-    if isinstance(raw, str) and (text := raw.strip().lower()) in ("true", "false"):
-        return text == "true"
-    raise _Mismatch("true or false")
-
-
-def _int(raw: Any) -> int:
-    value = _number(raw, "a whole number")
-    if value != int(value):
-        raise _Mismatch("a whole number")
-    return int(value)
-
-
-def _float(raw: Any) -> float:
-    try:
-        return float(_number(raw, "a number"))
-    except OverflowError:  # a whole number beyond 1e308
-        raise _Mismatch("a number") from None
-
-
-def _number(raw: Any, expected: str) -> int | float:
-    if isinstance(raw, bool) or raw is None:
-        raise _Mismatch(expected)
-    try:
-        return int(str(raw))
-    except ValueError:
-        pass
-    try:
-        value = float(str(raw))
-    except ValueError:
-        raise _Mismatch(expected) from None
-    if not math.isfinite(value):
-        raise _Mismatch(expected)
-    return value
-
-
-def _str(raw: Any) -> str:
-    if raw is None:
-        raise _Mismatch("text")
-    return raw if isinstance(raw, str) else json.dumps(raw)
-
-
-def _path(raw: Any) -> Path:
-    if not isinstance(raw, str) or not raw.strip() or "\0" in raw:
-        raise _Mismatch("a path")
-    return Path(os.path.expanduser(raw))  # unlike Path.expanduser, leaves the name of an unknown user as it is
-
-
-def _describe(annotation: Any) -> str:
-    if _is_union(annotation):
-        return " or ".join(_describe(kind) for kind in typing.get_args(annotation))
-    if typing.get_origin(annotation) is Literal:
-        return " | ".join(str(choice) for choice in typing.get_args(annotation))
-    if typing.get_origin(annotation) is tuple:
-        return f"a list of {_describe(typing.get_args(annotation)[0])}"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
-    return "null" if annotation is types.NoneType else names[annotation]
-
-
-def _show(raw: Any) -> str:
-    shown = reprlib.Repr()
-    shown.maxstring = shown.maxother = 60
-    return shown.repr(raw)
-
-
 # ---------------------------------------------------------------------------------------------------- reading one source
 
 
-class _Loader(yaml.BaseLoader):
-    """Every scalar stays text; a key that stands twice in one mapping is an error (YAML silently keeps the last)."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue  # a list as a key: refused below
-            if (key := key_node.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
-    return mapping
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file; raises :class:`ConfigError` that names the path tried, or line and reason."""
-    if not os.path.isfile(path):
-        kind = "is a directory, not a config file" if os.path.isdir(path) else "does not exist"
-        raise ConfigError(f"--config {path}: {os.path.abspath(path)} {kind}")
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: larger than 1 MiB, so not a config file")
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            mapping = json.loads(text, object_pairs_hook=_unique_pairs)
-        else:
-            mapping = yaml.load(text, Loader=_Loader)
-    except (*_UNREADABLE, OSError) as error:
-        raise ConfigError(f"{path}: {_reason(error)}") from None
-    if mapping is None or mapping == "":
-        return {}
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {_show(mapping)}")
-    return mapping
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8 text"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return "a character or a number is out of range" if isinstance(error, OverflowError) else str(error).replace("\n", " ")
-
-
 def _flatten(
-    keys: _Keys, mapping: Mapping[Any, Any], origin: str, entries: dict[str, Entry], problems: list[str], prefix: str = ""
+    keys: Keys, mapping: Mapping[Any, Any], origin: str, entries: dict[str, Entry], problems: list[str], prefix: str = ""
 ) -> None:
     for key, raw in mapping.items():
+        if len(problems) >= MAX_PROBLEMS:
+            return
         path = f"{prefix}{key}"
         if isinstance(raw, dict) and path not in keys.leaves:
             if any(known.startswith(path + ".") for known in keys.leaves):
@@ -336,7 +69,7 @@ def _flatten(
             continue
         if path in keys.sections:
             if raw not in ("", None):
-                problems.append(f"{origin}: {path} is a section and holds keys, found {_show(raw)}")
+                problems.append(f"{origin}: {path} is a section and holds keys, found {show(raw)}")
             continue
         leaf = keys.find(path, raw)
         if isinstance(leaf, str):
@@ -372,7 +105,7 @@ def parse_command_line(
     names the file. ``flags`` are switches of the program itself (``--print_config``); ``short`` maps ``-o`` to a key.
     Raises one :class:`ConfigError` with everything that could not be understood.
     """
-    keys, words, problems = _Keys(cls), list(argv), []
+    keys, words, problems = Keys(cls), list(argv), []
     config: Path | None = None
     overrides: list[tuple[str, Entry]] = []
     bare: list[str] = []
@@ -391,7 +124,7 @@ def parse_command_line(
             continue
         follows = words[0] if words and not words[0].startswith("--") else None
         leaf = keys.find(name, value if equals else follows) if name != "config" else None
-        if isinstance(leaf, Leaf) and leaf.is_flag and not equals and (follows is None or not _accepts(bool, follows)):
+        if isinstance(leaf, Leaf) and leaf.is_flag and not equals and (follows is None or not accepts(bool, follows)):
             value = FLAG
         elif not equals and follows is None:
             problems.append(leaf if isinstance(leaf, str) else f"--{name}: a value must follow")
@@ -409,7 +142,7 @@ def parse_command_line(
     return CommandLine(config, tuple(overrides), tuple(bare), frozenset(raised))
 
 
-def _names_a_key(keys: _Keys, name: str) -> bool:
+def _names_a_key(keys: Keys, name: str) -> bool:
     """Whether ``name=value`` is meant as an override: a known key, or something with dots that nobody names a file."""
     return isinstance(keys.find(name, None), Leaf) or name.partition(".")[0] in keys.sections or name in keys.short
 
@@ -427,11 +160,12 @@ def load(
     beneath: Mapping[str, Entry] = _NOTHING,
 ) -> T:
     """Build ``cls`` from its defaults, then ``beneath``, ``file``, ``overrides``; the last one that names a key wins."""
-    keys, problems = _Keys(cls), list[str]()
+    keys, problems = Keys(cls), list[str]()
     entries: dict[str, Entry] = {}
     if file is not None:
         _flatten(keys, read_mapping(file), str(file), entries, problems)
     entries = {**beneath, **entries, **dict(overrides)}
+    problems += _secrets_in(entries)
     config = _build(cls, "", entries, problems)
     if problems or config is None:
         raise ConfigError(problems)
@@ -440,29 +174,43 @@ def load(
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], origin: str) -> T:
     """Build ``cls`` from a mapping that was already read (from JSON, say); ``origin`` names it in messages."""
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{origin}: expected keys and values, found {show(mapping)}")
     problems, entries = list[str](), dict[str, Entry]()
-    _flatten(_Keys(cls), mapping, origin, entries, problems)
+    _flatten(Keys(cls), mapping, origin, entries, problems)
+    problems += _secrets_in(entries)
     config = _build(cls, "", entries, problems)
     if problems or config is None:
         raise ConfigError(problems)
     return config
 
 
+def _secrets_in(entries: Mapping[str, Entry]) -> list[str]:
+    """A problem for every value that holds a secret of the environment: a config is recorded, and sent to trackers."""
+    texts = ((path, text) for path, entry in entries.items() for text in _texts_of(entry.raw))
+    found = ((path, secret_in(text)) for path, text in texts)
+    return [f"{path}: holds the value of the environment variable {name}; leave it out" for path, name in found if name]
+
+
+def _texts_of(raw: Any) -> list[str]:
+    return [raw] if isinstance(raw, str) else [text for text in raw if isinstance(text, str)] if isinstance(raw, list) else []
+
+
 def _build(cls: type[T], prefix: str, entries: Mapping[str, Entry], problems: list[str]) -> T | None:
     values: dict[str, Any] = {}
     before = len(problems)
-    for item, annotation in _fields(cls):
+    for item, annotation in fields_of(cls):
         path = f"{prefix}{item.name}"
-        if members := _members(annotation):
+        if members := members_of(annotation):
             member = _choose(members, item, path, entries, problems)
             values[item.name] = _build(member, path + ".", entries, problems) if member else None
         elif path in entries:
             entry = entries[path]
             try:
                 values[item.name] = convert(annotation, entry.raw)
-            except _Mismatch as expected:
+            except Mismatch as expected:
                 shown = "" if entry.origin.startswith("--") else f"{entry.origin}: "
-                problems.append(f"{shown}{path}: expected {expected}, got {_show(entry.raw)}")
+                problems.append(f"{shown}{path}: expected {expected}, got {show(entry.raw)}")
     if len(problems) > before:
         return None
     try:
@@ -486,7 +234,7 @@ def _choose(
     raw = entries[f"{path}.name"].raw if f"{path}.name" in entries else tag_of(item.default_factory)  # type: ignore[arg-type]
     tag = raw.strip().lower() if isinstance(raw, str) else ""
     if tag not in by_name:
-        problems.append(f"{path}.name: expected {' | '.join(by_name)}, got {_show(raw)}")
+        problems.append(f"{path}.name: expected {' | '.join(by_name)}, got {show(raw)}")
         return None
     known = {f"{path}.{own.name}" for own in dataclasses.fields(by_name[tag])}
     for key in entries:
@@ -527,8 +275,8 @@ def to_yaml(config: Any) -> str:
 def reference(cls: type[Any]) -> str:
     """YAML with every key of ``cls``, its default and its documentation: the text of ``configs/reference.yaml``."""
     lines: list[str] = []
-    for item, annotation in _fields(cls):
-        if not (members := _members(annotation)):
+    for item, annotation in fields_of(cls):
+        if not (members := members_of(annotation)):
             lines.append(_reference_line(item)[2:])
             continue
         default = members[0] if len(members) == 1 else item.default_factory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,10 @@ class EvalResult:
         return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 
 
+class Abandoned(Exception):
+    """An evaluation was not finished, on all processes alike."""
+
+
 def evenly_spaced(count: int, wanted: int | None) -> np.ndarray:
     """The numbers of ``wanted`` windows (null: all) spread over ``count``: always the same ones, not only the beginning."""
     wanted = count if wanted is None else min(wanted, count)
@@ -71,19 +76,26 @@ def validate(
     batch_size: int,
     wanted: int | None = None,
     bytes_per_token: float | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
     """Mean loss over ``wanted`` windows. Collective; process r takes batches r, r + world size, ...
 
+    Before each batch all processes ask ``interrupted``, which must answer them alike; raises :class:`Abandoned` if so.
     ``model`` is the unwrapped module. It comes back in the mode in which it was given, and no random numbers are drawn.
     """
     chosen = evenly_spaced(windows.count, wanted)
     was_training = model.training
     model.eval()
-    sums = np.zeros(2)
-    for begin in range(accelerator.process_index * batch_size, chosen.size, accelerator.num_processes * batch_size):
-        nats = _nats_per_window(accelerator.device, model, windows, chosen[begin : begin + batch_size], batch_size)
-        sums += nats.sum(), np.square(nats).sum()
-    model.train(was_training)
+    sums, share = np.zeros(2), accelerator.process_index * batch_size
+    try:
+        for begin in range(0, chosen.size, accelerator.num_processes * batch_size):
+            if interrupted():
+                raise Abandoned
+            if (own := chosen[begin + share : begin + share + batch_size]).size:
+                nats = _nats_per_window(accelerator.device, model, windows, own, batch_size)
+                sums += nats.sum(), np.square(nats).sum()
+    finally:
+        model.train(was_training)
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device), reduction="sum").cpu().numpy()  # type: ignore[union-attr]
     T, n = windows.context_length, chosen.size

@@ -25,10 +25,12 @@ import torch
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState
 from accel_pretrain.config import RunConfig, make_plan, open_splits
 from accel_pretrain.data import DataConfig
-from accel_pretrain.loop import TrainingRun, train_step
+from accel_pretrain.loop import train_step
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.optim import AdamW
-from accel_pretrain.runtime import StopSignal, TrainingConfig, build_accelerator, seed_everything
+from accel_pretrain.run import TrainingRun
+from accel_pretrain.runtime import TrainingConfig, build_accelerator, seed_everything
+from accel_pretrain.session import Session
 from accel_pretrain.train import assemble
 
 MICRO_STEPS, BATCH, CONTEXT, VOCAB = 4, 4, 32, 256
@@ -47,7 +49,7 @@ def our_run(folder: Path) -> TrainingRun:
     splits = open_splits(config.data)
     accelerator = build_accelerator(config.training, [], folder / "run")
     plan = make_plan(config, splits, 1)
-    return assemble(config, plan, splits, accelerator, StopSignal())[0]
+    return assemble(config, plan, splits, accelerator, Session())[0]
 
 
 def ours(run: TrainingRun) -> Callable[[], None]:

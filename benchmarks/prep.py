@@ -18,7 +18,10 @@ descriptions:
 - ``llmc``: a pool that sends arrays back, one document each (llm.c, dev/data/fineweb.py).
 - ``megatron``: a pool that sends lists back (Megatron-LM, tools/preprocess_data.py).
 - ``litdata``: ``optimize`` into chunks. ``datatrove``: ``DocumentTokenizer``. ``hf``: ``encode_batch`` of tokenizers.
-- ``bare-*``: byte ranges of the file, JSON, tokenizer, one file per process: no split, hash, record, flush or manifest.
+- ``bare-*``: byte ranges of the file, JSON, our tokenizer, one file per process: no split, hash, record, flush or manifest.
+
+The recipes have tiktoken as it comes, and ours (``bare-tiktoken`` too) with the quicker spelling of the same split pattern
+(accel_pretrain/split_patterns.py).
 
 What follows the table is about ours alone: what safety costs over the bare loops, memory, temporary disk, a second run, and
 learning 10,000 ids from 34 MB.
@@ -27,6 +30,7 @@ learning 10,000 ids from 34 MB.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import hashlib
 import importlib.util
@@ -131,9 +135,13 @@ def spelled(token: bytes, letters: list[str]) -> str:
 
 
 def tiktoken_of(folder: Path) -> Any:
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    assert isinstance(tokenizer, BpeTokenizer)
-    return tokenizer.encoding
+    """tiktoken as it comes, with the pattern as OpenAI spells it: what the recipes use."""
+    import tiktoken
+
+    spec = json.loads((folder / "tokenizer" / "spec.json").read_text())
+    lines = (line.split() for line in (folder / "tokenizer" / "ranks.tiktoken").read_bytes().splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    return tiktoken.Encoding("recipe", pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=spec["special_tokens"])
 
 
 _state: dict[str, Any] = {}
@@ -259,8 +267,9 @@ def spans(path: Path, length: int) -> list[tuple[int, int]]:
 
 
 def _bare_worker(folder: Path, out: Path, mine: list[tuple[int, int]], engine: str, number: int) -> None:
-    encoding = tiktoken_of(folder)
-    eot = np.array([encoding.eot_token], dtype=np.uint16)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    assert isinstance(tokenizer, BpeTokenizer)
+    encoding, eot = tokenizer.encoding, np.array([tokenizer.eot_id], dtype=np.uint16)
     if engine == "gigatoken":
         import gigatoken
 

@@ -9,11 +9,11 @@ Each file of ids has an index beside it, ``train.idx.npy``: where each of its do
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,14 +24,15 @@ import numpy as np
 from accel_pretrain.errors import DataError
 from accel_pretrain.files import sha256_of
 from accel_pretrain.shards import DTYPES, ShardInfo, index_name, sampled_sha256
+from prep.dedup import FirstOnly
 from prep.documents import BadDocument, Tally
-from prep.encode import SPLITS, Block, Job, UnitReport, read_blocks
+from prep.encode import SPLITS, Job, UnitReport, read_blocks
 from prep.journal import Workshop
-from prep.normal import KEY_BYTES
 
 INDEX = np.dtype("<u8")
-_INDEX_STEP = 8_000_000
+_INDEX_STEP = 250_000  # ids at a time: what fits into the processor's cache
 _KEYS = "keys"
+_COUNTS = ("number", "tokens", "documents", "utf8_bytes", "max_id")
 _COMMIT_BYTES = 64_000_000
 
 
@@ -77,16 +78,18 @@ class Assembly:
             state = lines[count - 1] if count else {}
             closed = [info for line in lines[:count] for info in line["closed"]]
             splits = state.get("splits", {})
-            if all(files.resume(splits.get(split), closed) for split, files in self._files.items()):
+            unchanged = [files.resume(splits.get(split), closed) for split, files in self._files.items()]
+            if self._first:
+                unchanged.append(self._first.resume(state))
+            if all(unchanged):
                 break
-            count = 0  # somebody has changed the files
+            print(f"{self.workshop.dataset}: changed since it was written; beginning anew", file=sys.stderr, flush=True)
+            count = 0
         if count < len(lines):
             self.workshop.rewrite_journal(lines[:count])
         for line in lines[:count]:
             self.totals.add(UnitReport.from_plain(line["report"]), line["duplicates"])
         self._refuse_bad(self.totals.bad)
-        if self._first:
-            self._first.resume(state.get("keys", 0), state.get("open"))
 
     def _refuse_bad(self, bad: Sequence[BadDocument]) -> None:
         if bad and self.job.on_error == "fail":  # the unit was done by a run that was told to skip
@@ -120,7 +123,7 @@ class Assembly:
                 "duplicates": duplicates,
                 "closed": [dataclasses.asdict(info) for info in closed],
                 "splits": {split: files.state() for split, files in self._files.items()},
-                **({"keys": len(self._first.seen), "open": self._first.open} if self._first else {}),
+                **(self._first.state() if self._first else {}),
             }
         )
         self._bytes += report.tokens * DTYPES[self.job.dtype].itemsize
@@ -179,30 +182,36 @@ class SplitFiles:
     def path(self) -> Path:
         return self.folder / (f"{self.split}_{self.number:06d}.bin" if self.shard_tokens else f"{self.split}.bin")
 
-    def state(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("number", "tokens", "documents", "utf8_bytes", "max_id")}
+    def state(self) -> dict[str, int | str]:
+        return {name: getattr(self, name) for name in _COUNTS} | {"sha256": self._digest.hexdigest()}
 
-    def resume(self, state: dict[str, int] | None, closed: Sequence[dict[str, Any]]) -> bool:
-        """Go back to ``state``, with the files in ``closed`` before it; False when the files are not there for that."""
+    def resume(self, state: dict[str, Any] | None, closed: Sequence[dict[str, Any]]) -> bool:
+        """Go back to ``state``, with the files in ``closed`` before it; False when the files are not what they were then."""
         self.close()
         self.closed = [ShardInfo(**info) for info in closed if info["split"] == self.split]
         self._begin(1)
-        for name, value in (state or {}).items():
-            setattr(self, name, value)
-        kept = {name for info in self.closed for name in (info.path, info.index)}
-        wanted = self.tokens * self.dtype.itemsize
-        complete = all(_size(self.folder / info.path) == info.tokens * self.dtype.itemsize for info in self.closed)
-        if not complete or (self.tokens and _size(self.path) < wanted):
+        for name in _COUNTS:
+            setattr(self, name, state[name] if state else getattr(self, name))
+        if not all(self._is_unchanged(info) for info in self.closed):
             return False
+        kept = {name for info in self.closed for name in (info.path, info.index)}
         for path in self.folder.glob(f"{self.split}*"):
             if path.name not in kept and not (self.tokens and path == self.path):
                 path.unlink()
         if self.tokens:
+            wanted = self.tokens * self.dtype.itemsize
+            if _size(self.path) < wanted:
+                return False
             os.truncate(self.path, wanted)
-            with self.path.open("rb") as file:
-                while data := file.read(1 << 20):
-                    self._digest.update(data)
-        return True
+            self._digest = _digest_of(self.path)
+        return state is None or self._digest.hexdigest() == state.get("sha256")
+
+    def _is_unchanged(self, info: ShardInfo) -> bool:
+        """Whether a file that is complete, and may be large, is there as it was, as far as a sample of it shows."""
+        path, index = self.folder / info.path, self.folder / info.index
+        if _size(path) != info.tokens * self.dtype.itemsize or not index.is_file():
+            return False
+        return sampled_sha256(path) == info.sampled and sha256_of(index) == info.index_sha256
 
     def append(self, ids: np.ndarray, table: np.ndarray) -> list[ShardInfo]:
         """Add ids, with a row per document or part in ``table``; the files that this has completed."""
@@ -280,54 +289,10 @@ class SplitFiles:
         return path
 
 
-class FirstOnly:
-    """``--dedup exact``: of documents with the same key only the first stays. About 100 bytes of memory per document."""
-
-    def __init__(self, path: Path) -> None:
-        self.seen: set[bytes] = set()
-        # Of a document that goes on in the next unit: whether it stays. None between documents.
-        self.open: bool | None = None
-        self._path = path
-        self._file: IO[bytes] | None = None
-
-    def resume(self, count: int, open: bool | None) -> None:
-        data = b""
-        with contextlib.suppress(FileNotFoundError):
-            data = self._path.read_bytes()[: count * KEY_BYTES]
-        self._path.write_bytes(data)
-        self.seen = {data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)}
-        self.open = open
-        self._file = self._path.open("ab")
-
-    def without_repeats(self, block: Block) -> tuple[Block, int]:
-        """The block without documents that were there before, and how many these are."""
-        assert self._file
-        keep = np.ones(len(block.table), dtype=bool)
-        for row, key in enumerate(block.keys):
-            if self.open is None:
-                self.open = key not in self.seen
-                if self.open:
-                    self.seen.add(key)
-                    self._file.write(key)
-            keep[row] = self.open
-            if block.table["ends"][row]:
-                self.open = None
-        if keep.all():
-            return block, 0
-        ids = []
-        for number, part in enumerate(block.ids):
-            rows = block.table["split"] == number
-            ids.append(part[np.repeat(keep[rows], block.table["tokens"][rows])])
-        return Block(block.table[keep], [], (ids[0], ids[1])), int(block.table["ends"][~keep].sum())
-
-    def sync(self) -> None:
-        assert self._file
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
+def _digest_of(path: Path) -> Any:
+    """SHA-256 of a file's bytes, to go on with."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256")
 
 
 def _size(path: Path) -> int:

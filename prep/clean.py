@@ -5,8 +5,8 @@
 - ``web``: every form of line end and page break becomes ``\\n``; control characters, zero-width spaces, byte order marks
   and soft hyphens go; spaces that are not U+0020 become it (the ideographic one stays); Unicode form NFC; runs of spaces
   and tabs become one space, also at the ends of lines; more than one blank line becomes one.
-- ``code``: line ends and page breaks as above, white space at the ends of lines goes, more than two blank lines become two.
-  The rest stays: indentation, and whatever characters a string literal holds.
+- ``code``: line ends become ``\\n``, white space at the ends of lines goes, more than two blank lines become two. The rest
+  stays: indentation, whatever characters a string literal holds, and all lines among which one of several lines may be.
 - ``gutenberg``: the books without their frame (:mod:`prep.gutenberg`), then as web, but indentation stays (verse), and
   chapters keep up to two blank lines. ``--unwrap`` joins the lines of paragraphs that were wrapped at a fixed width.
 
@@ -29,7 +29,11 @@ from prep.readers import WholeText
 
 Mode = Literal["none", "web", "code", "gutenberg"]
 
-_LINE_ENDS = ("\r\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\u2029")
+_CODE_LINE_ENDS = ("\r\n", "\r")
+_LINE_ENDS = (*_CODE_LINE_ENDS, "\x0b", "\x0c", "\x85", "\u2028", "\u2029")
+_QUOTES = ('"', "'", "`", '"""', "'''")
+_ESCAPED = re.compile(r"\\.")
+_HEREDOC = re.compile(r"<<[-~]?[\"'\\]?[A-Za-z_]")
 _WIDE_SPACE = "\u3000"
 _SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u2060\ufeff]")
@@ -50,7 +54,40 @@ def clean_web(text: str) -> str:
 
 
 def clean_code(text: str) -> str:
-    return _blank_lines(_trimmed(_line_ends(text)), 2)
+    lines = _line_ends(text, _CODE_LINE_ENDS).split("\n")
+    first, stop = _literal_lines(lines)
+    cleaned: list[str] = []
+    blank = 0
+    for number, line in enumerate(lines):
+        inside = first <= number < stop
+        line = line if inside else line.rstrip(" \t")
+        blank = 0 if line or inside else blank + 1
+        if inside or line or (cleaned and blank <= 2):
+            cleaned.append(line)
+    while cleaned and not cleaned[-1] and stop < len(lines):
+        cleaned.pop()
+    return "\n".join(cleaned)
+
+
+def _literal_lines(lines: list[str]) -> tuple[int, int]:
+    """The first line, and the one behind the last, among which a literal of several lines may be; equal where there is none.
+
+    Such a literal begins and ends on a line with an odd number of quotes of a kind, or it is a here-document, whose end any
+    line could be. What only looks like that costs no more than some white space that stays.
+    """
+    marks = [number for number, line in enumerate(lines) if _may_leave_open(line)]
+    if any("<<" in line and _HEREDOC.search(line) for line in lines):
+        marks.append(len(lines) - 1)
+    return (marks[0], max(marks) + 1) if marks else (0, 0)
+
+
+def _may_leave_open(line: str) -> bool:
+    """Whether a literal may begin on ``line`` and not end there, or the other way round."""
+    if '"' not in line and "'" not in line and "`" not in line and "[[" not in line and "]]" not in line and "<<" not in line:
+        return False
+    spellings = [line] if "\\" not in line else [line, _ESCAPED.sub("", line)]
+    odd = any(spelling.count(quote) % 2 for spelling in spellings for quote in _QUOTES)
+    return odd or line.count("[[") != line.count("]]") or _HEREDOC.search(line) is not None
 
 
 def clean_book(text: str, unwrapped: bool) -> str:
@@ -59,8 +96,8 @@ def clean_book(text: str, unwrapped: bool) -> str:
     return unwrap(text) if unwrapped else text
 
 
-def _line_ends(text: str) -> str:
-    for end in _LINE_ENDS:
+def _line_ends(text: str, ends: Iterable[str] = _LINE_ENDS) -> str:
+    for end in ends:
         if end in text:
             text = text.replace(end, "\n")
     return text
@@ -79,12 +116,6 @@ def _indented(line: str) -> str:
     return line[: len(line) - len(body)] + _even(body) if body else ""
 
 
-def _trimmed(text: str) -> str:
-    if " \n" in text or "\t\n" in text or not text.isascii() or text.endswith((" ", "\t")):
-        return "\n".join([line.rstrip() for line in text.split("\n")])
-    return text
-
-
 def _blank_lines(text: str, most: int) -> str:
     if "\n" * (most + 2) not in text:
         return text.strip("\n")
@@ -97,7 +128,10 @@ _NARROWEST, _WIDEST = 40, 100  # characters of a line that a person or a program
 
 
 def unwrap(text: str) -> str:
-    """Join the lines of prose that was wrapped at a fixed width; verse, tables, lists and headings stay as they are."""
+    """Join the lines of prose that was wrapped at a fixed width; verse, tables, lists and headings stay as they are.
+
+    Most lines of verse begin with a capital, and most of wrapped prose do not: in doubt, a paragraph stays as it is.
+    """
     return "\n\n".join(_unwrapped(paragraph) for paragraph in text.split("\n\n"))
 
 
@@ -108,9 +142,17 @@ def _unwrapped(paragraph: str) -> str:
     # Wrapped lines end where the next word would not have fitted; verse and lists end earlier.
     if not wrapped or any(len(line) + 1 + len(_first_word(after)) <= width - 4 for line, after in itertools.pairwise(lines)):
         return paragraph
+    capitals = sum(_begins_with_capital(line) for line in lines[1:])
+    if 4 * capitals >= 3 * (len(lines) - 1):
+        return paragraph
     leading = paragraph[: len(paragraph) - len(paragraph.lstrip("\n"))]
     joined = "".join(line if line.endswith("-") else line + " " for line in lines)
     return leading + joined.rstrip(" ")
+
+
+def _begins_with_capital(line: str) -> bool:
+    letter = next(filter(str.isalpha, line), "")
+    return letter.isupper() or letter.istitle()
 
 
 def _first_word(line: str) -> str:

@@ -1,7 +1,9 @@
 """Text in a column of a table: Parquet files, the Arrow files of Hugging Face ``datasets``, .csv and .tsv.
 
 Of Parquet and Arrow only the one column is read, a range of rows at a time, by pyarrow alone: workers need no ``datasets``.
-What of such a file changes is known by its size and time of change, not by hashing all of it.
+Whether a Parquet file is the same still is known by the bytes of that column; of an Arrow file, which is mapped and not read,
+by its size and time of change. Arrow believes what such a file says of itself, to the point of reading memory that is not
+there, so that all of it is checked before it is used.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accel_pretrain.errors import ConfigError, DataError
-from prep.documents import OR_SKIP, BadDocument, Document, Piece, Tally, digest_of, stamp_of
+from prep.documents import CHUNK, OR_SKIP, BadDocument, Document, Piece, Tally, digest_of, opened, read_some, stamp_of
 from prep.readers import LARGEST_DOCUMENT, _Text, decoded
 
 _ROWS = 256  # of one Parquet batch
@@ -78,9 +80,15 @@ class _Table:
     def _documents(self, batches: Iterable[Any], path: str, row: int) -> Iterator[Document | BadDocument]:
         """``batches`` are Arrow arrays; ``row`` is the number of their first row in the file, counted from 1."""
         for batch in batches:
-            for data in _as_bytes(batch):
-                yield self._document(data, path, row)
-                row += 1
+            values = _as_bytes(batch)
+            if isinstance(values, str) and len(batch) > 1:  # which of its rows is it?
+                yield from self._documents((batch.slice(index, 1) for index in range(len(batch))), path, row)
+            elif isinstance(values, str):
+                yield BadDocument(path, 0, f"damaged file ({values}){OR_SKIP}", f"row {row}")
+            else:
+                for index, data in enumerate(values):
+                    yield self._document(data, path, row + index)
+            row += len(batch)
 
     def _document(self, data: bytes | None, path: str, row: int) -> Document | BadDocument:
         place = f"row {row}"
@@ -103,6 +111,16 @@ class ParquetRows(_Table):
             weight = max(1, self._weight(groups.row_group(group)))
             yield Piece(path, group, group + 1, self, weight=weight)
 
+    def identify(self, piece: Piece, tally: Tally) -> None:
+        tally.content.update(f" {piece.start} {piece.stop} {piece.reader}".encode())
+        with opened(piece.path) as file:
+            for start, size in self._column_bytes(piece):
+                tally.content.update(f" {size} ".encode())
+                file.seek(start)
+                while size > 0 and (data := read_some(file, min(size, CHUNK))):
+                    tally.content.update(data)
+                    size -= len(data)
+
     def documents(self, piece: Piece, tally: Tally | None = None) -> Iterator[Document | BadDocument]:
         self.identify(piece, tally or Tally())
         file = _parquet(piece.path)
@@ -122,8 +140,19 @@ class ParquetRows(_Table):
         return BadDocument(piece.path, 0, f"damaged Parquet file ({_one_line(error)}){OR_SKIP}", f"row {row}")
 
     def _weight(self, group: Any) -> int:
+        return sum(chunk.total_uncompressed_size for chunk in self._chunks(group))
+
+    def _column_bytes(self, piece: Piece) -> Iterator[tuple[int, int]]:
+        """Where in the file the bytes of the column begin, and how many there are, for each row group."""
+        about = _parquet(piece.path).metadata
+        for number in range(piece.start, piece.stop):
+            for chunk in self._chunks(about.row_group(number)):
+                begins = [chunk.data_page_offset, *([chunk.dictionary_page_offset] if chunk.has_dictionary_page else [])]
+                yield max(0, min(begins)), chunk.total_compressed_size
+
+    def _chunks(self, group: Any) -> Iterator[Any]:
         columns = (group.column(index) for index in range(group.num_columns))
-        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == self.column)
+        return (column for column in columns if column.path_in_schema == self.column)
 
 
 @dataclass(frozen=True)
@@ -132,7 +161,7 @@ class ArrowRows(_Table):
 
     def pieces(self, path: str, size: int, unit_bytes: int) -> Iterator[Piece]:
         column = _arrow(path).column(self.column)
-        total = max(1, column.nbytes)
+        total = max(1, min(column.nbytes, size))  # a damaged file can say anything
         rows = max(1, column.length() * unit_bytes // total)
         for start in range(0, column.length(), rows):
             stop = min(start + rows, column.length())
@@ -200,11 +229,20 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
         yield tail.decode(errors="surrogateescape")
 
 
-def _as_bytes(array: Any) -> list[bytes | None]:
+def _as_bytes(array: Any) -> list[bytes | None] | str:
+    """The values of an array of text, or what is wrong with it."""
     pa = pyarrow_for("a table")
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    return array.cast(pa.large_binary()).to_pylist()
+    plain = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+    try:
+        # Of text in its plain form only the offsets are cast; that it is UTF-8 is for `decoded` to check, which says where not.
+        array.validate(full=array.type not in plain)
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        array = array.cast(pa.large_binary())
+        array.validate(full=True)
+    except ValueError as error:  # pyarrow's ArrowInvalid
+        return _one_line(error)
+    return array.to_pylist()
 
 
 def parquet_problem(path: str, column: str) -> str | BrokenFile | None:
@@ -235,13 +273,16 @@ def _parquet(path: str) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _arrow(path: str) -> Any:
-    """The table in an Arrow file of either kind, memory-mapped."""
+    """The table in an Arrow file of either kind, memory-mapped; its buffers are as long as its lengths say."""
     pa = pyarrow_for(path)
     mapped = pa.memory_map(path)
     if mapped.read(6) == b"ARROW1":
-        return pa.ipc.open_file(mapped).read_all()
-    mapped.seek(0)
-    return pa.ipc.open_stream(mapped).read_all()
+        table = pa.ipc.open_file(mapped).read_all()
+    else:
+        mapped.seek(0)
+        table = pa.ipc.open_stream(mapped).read_all()
+    table.validate()
+    return table
 
 
 def _one_line(error: Exception) -> str:

@@ -37,7 +37,9 @@ class PrepConfig:
         "share held out for validation, 1% or 0.01, by a hash of each document's content; at least one document, "
         "or the tail of an only document; 0: no val split (null: 1%; --demo: 5%)",
     )
-    val_file: tuple[str, ...] = option((), "files, folders, globs that are the val split; the sources are then all train")
+    val_file: tuple[str, ...] = option(
+        (), "files, folders, globs that are the val split; the sources are then all train; several: A,B, or given repeatedly"
+    )
     format: Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "arrow"] = option(
         "auto", "how to read the files; auto: by suffix, also inside .gz, .bz2, .xz and .zst"
     )
@@ -145,12 +147,12 @@ def resolve(config: PrepConfig) -> PrepConfig:
         (not config.sources and not config.demo, "no input: name files or folders, or use --demo"),
         (bool(config.sources) and config.demo, "--demo brings its own corpus; leave the sources or --demo out"),
         (config.runner == "slurm" and config.fresh, "--fresh: not in a job array, whose tasks would delete each other's work"),
-        (config.out is None and not config.demo, "where to? add -o DIR, for example -o data/mine"),
+        (config.out is None and not config.demo and not config.plan, "where to? add -o DIR, for example -o data/mine"),
     )
     tokenizer = config.tokenizer or (DEMO_TOKENIZER if config.demo else "gpt2")
     return dataclasses.replace(
         config,
-        out=config.out or DEMO_OUT,
+        out=config.out or (DEMO_OUT if config.demo else None),
         tokenizer=tokenizer,
         val=config.val or (DEMO_VAL if config.demo else DEFAULT_VAL),
         # The bar for a stray file is lower where nobody chose the files.

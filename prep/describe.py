@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from accel_pretrain.errors import ConfigError, PretrainError, refuse
-from accel_pretrain.shards import TokenSplit, open_split, splits_in
+from accel_pretrain.errors import ConfigError, DataError, PretrainError, refuse
+from accel_pretrain.shards import MANIFEST, TokenSplit, open_split, splits_in
 from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import option
+from prep.export import FACTS
 from prep.tools import BLOCK, bytes_per_id, document_ends, run_tool, spread
 
 USAGE = """\
@@ -61,11 +62,17 @@ def describe(config: DescribeConfig) -> int:
     if len(config.datasets) != 1:
         raise ConfigError("name one dataset; a glob of token files stands in quotes")
     path = Path(config.datasets[0])
+    if config.png is not None and (config.png.absolute().parent / MANIFEST).exists():
+        raise ConfigError(
+            f"png: {config.png} would lie in a dataset, in which prep.tokenize wants nothing else; put it elsewhere"
+        )
     splits = {name: open_split(path, name, config.dtype) for name in splits_in(path) or ["all"]}
-    spec = config.tokenizer or next(iter(splits.values())).tokenizer_path
+    facts = facts_of_export(path)
+    spec = config.tokenizer or next(iter(splits.values())).tokenizer_path or facts.get("tokenizer")
     tokenizer = load_tokenizer(spec) if spec else None
-    described = {name: describe_split(split, tokenizer, config) for name, split in splits.items()}
-    lengths = {name: document_lengths(split, tokenizer) for name, split in splits.items()}
+    eot_id = tokenizer.eot_id if tokenizer else facts.get("eot_id")
+    described = {name: describe_split(split, tokenizer, eot_id, config) for name, split in splits.items()}
+    lengths = {name: document_lengths(split, eot_id) for name, split in splits.items()}
     if config.png is not None:
         draw({name: own for name, own in lengths.items() if own.size}, path.name, config.png)
     if config.json:
@@ -81,19 +88,39 @@ def describe(config: DescribeConfig) -> int:
 # ------------------------------------------------------------------------------------------------------------ what is there
 
 
-def document_lengths(split: TokenSplit, tokenizer: Tokenizer | None) -> np.ndarray:
+def facts_of_export(path: Path) -> dict[str, Any]:
+    """What :mod:`prep.export` says about ``path``, if it wrote it: its end-of-text id, and where its tokenizer was."""
+    try:
+        facts = json.loads(((path if path.is_dir() else path.parent) / FACTS).read_bytes())
+        return {"eot_id": int(facts["tokenizer"]["eot_id"]), "tokenizer": _same_tokenizer(facts)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _same_tokenizer(facts: dict[str, Any]) -> Path | None:
+    """The tokenizer of the dataset that was exported, if it is there still and the same."""
+    folder = Path(facts["dataset"], "tokenizer")
+    try:
+        return folder if load_tokenizer(folder).fingerprint == facts["tokenizer"]["fingerprint"] else None
+    except DataError:
+        return None
+
+
+def document_lengths(split: TokenSplit, eot_id: int | None) -> np.ndarray:
     """How many tokens each document has, its end-of-text id included: int64; empty where it is not known."""
-    ends = document_ends(split, tokenizer.eot_id if tokenizer else None)
+    ends = document_ends(split, eot_id)
     return np.concatenate([np.empty(0, dtype=np.int64), *(np.diff(own, prepend=0) for own in ends)])
 
 
-def describe_split(split: TokenSplit, tokenizer: Tokenizer | None, config: DescribeConfig) -> dict[str, Any]:
+def describe_split(
+    split: TokenSplit, tokenizer: Tokenizer | None, eot_id: int | None, config: DescribeConfig
+) -> dict[str, Any]:
     """Everything about one split, as plain numbers and text."""
     counts = np.zeros(max(split.max_id + 1, tokenizer.vocab_size if tokenizer else 0), dtype=np.int64)
     for file in split.files:
         for start in range(0, file.size, BLOCK):
             counts += np.bincount(file[start : start + BLOCK], minlength=counts.size)
-    lengths = document_lengths(split, tokenizer)
+    lengths = document_lengths(split, eot_id)
     found: dict[str, Any] = {
         "files": len(split.files),
         "bytes": sum(file.nbytes for file in split.files),
@@ -112,11 +139,12 @@ def describe_split(split: TokenSplit, tokenizer: Tokenizer | None, config: Descr
         found["histogram"] = [{"from": low, "below": high, "documents": count} for low, high, count in histogram(lengths)]
     top = np.argsort(-counts, kind="stable")[: config.top].tolist()
     found["top"] = [_token(id, int(counts[id]), split, tokenizer) for id in top if counts[id]]
+    if eot_id is not None:
+        found["eot"] = eot_check(split, eot_id, int(counts[eot_id]) if eot_id < counts.size else 0)
     if tokenizer:
         text_bytes = int((counts[: tokenizer.vocab_size] * bytes_per_id(tokenizer)).sum())
         found["decoded_bytes"] = text_bytes
         found["bytes_per_token"] = found["bytes_per_token"] or text_bytes / split.tokens
-        found["eot"] = eot_check(split, tokenizer.eot_id, int(counts[tokenizer.eot_id]))
         found["samples"] = [
             {"document": number, "text": tokenizer.decode(ids[:200].tolist())}
             for number, ids in spread(split, document_ends(split, tokenizer.eot_id), config.samples)

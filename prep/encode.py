@@ -108,6 +108,8 @@ def encode_unit(
                     if job.on_error == "fail":
                         raise DataError(found.problem)
                     report.bad.append(found)
+                    if isinstance(document, Document) and not document.whole:
+                        _end_early(job, block, unit.split, document)
                 elif not found:
                     report.empty += 1
                 if block.size >= BLOCK_IDS:
@@ -144,8 +146,17 @@ def _encode(
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return _unusable(piece, document, f"the tokenizer fails on it ({reason})")
     for place, ids, part in parts:
-        block.add(place, ids, part, document.key if job.dedup else b"")
+        block.add(place, ids, part, _key(job, part))
     return True
+
+
+def _end_early(job: Job, block: _Block, split: str | None, part: Document) -> None:
+    """A part of a long document is left out: what stands before it ends there, so that no other document is joined to it."""
+    block.add(split or job.rule.split_of(part.digest), block.eot[:0], part._replace(data=b"", ends=True), _key(job, part))
+
+
+def _key(job: Job, part: Document) -> bytes:
+    return part.key if job.dedup else b""
 
 
 def encode_alone(engine: Engine, rule: SplitRule, unit: Unit, number: int) -> None:

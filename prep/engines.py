@@ -22,27 +22,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from accel_pretrain.errors import ConfigError
-from accel_pretrain.tokenizer import GPT2_PATTERN, RANKS_FILE, BpeTokenizer, ByteTokenizer, Tokenizer
+from accel_pretrain.split_patterns import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN
+from accel_pretrain.tokenizer import RANKS_FILE, BpeTokenizer, ByteTokenizer, Tokenizer
 
 # (gigatoken, tiktoken) whose exhaustive comparison found the differences in DIFFERING and no others.
 PROVEN = frozenset({("0.10.0", "0.14.0")})
-# The patterns that gigatoken has under a name: those of gpt2, cl100k_base and o200k_base (tiktoken, openai_public.py).
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-CL100K_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-)
-O200K_PATTERN = "|".join(
-    (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SHORT}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SHORT}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
+# The patterns that gigatoken has under a name.
 SCHEMES = {GPT2_PATTERN: "gpt2", CL100K_PATTERN: "gpt4", O200K_PATTERN: "o200k"}
 # Letters, digits and marks of Unicode 17, which tiktoken's tables do not know yet: first and last of each range.
 DIFFERING = tuple(
@@ -77,7 +62,9 @@ DIFFERING = tuple(
         "323b0-33479",
     ]
 )
-_RENEWED_AFTER = 128_000_000  # bytes of text, behind which a process gives back the words that gigatoken has kept
+_LOOKED_AFTER = 4_000_000  # bytes of text, behind which a process looks how much it has grown,
+_KEPT = 64_000_000  # and bytes of growth, behind which it gives back the words that gigatoken has kept
+_RENEWED_AFTER = 32_000_000  # bytes of text, behind which it does where it cannot know its size
 _LONG_TEXT = 400_000  # bytes; no shorter text can hold a run of white space at which tiktoken gives up (a million characters)
 _WHITE = rb"(?:[\s\x1c-\x1f]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"
 _IN_A_RUN = re.compile(rb"[\x80-\xbf]{0,2}" + _WHITE + b"{20}")
@@ -146,10 +133,17 @@ class GigatokenEngine:
     def encode(self, data: bytes) -> np.ndarray:
         if may_differ(data):
             return self._reference.encode(data)
-        self._left -= len(data)
-        if self._left < 0:
+        self._unseen += len(data)
+        if self._unseen > _LOOKED_AFTER and self._has_grown():
             self._renew()
         return self._encode(data)
+
+    def _has_grown(self) -> bool:
+        size = memory_in_use()
+        if not size:
+            return self._unseen > _RENEWED_AFTER
+        self._unseen = 0
+        return size - self._size > _KEPT
 
     def _renew(self) -> None:
         """Load it anew: it keeps every word that it has seen, and a corpus has no end of words."""
@@ -161,7 +155,15 @@ class GigatokenEngine:
             path = Path(folder) / RANKS_FILE
             path.write_bytes(self._ranks)
             self._encode = gigatoken.Tokenizer.from_tiktoken(path, SCHEMES[self.tokenizer.pattern], {}).backend.encode
-        self._left = _RENEWED_AFTER
+        self._unseen, self._size = 0, memory_in_use()
+
+
+def memory_in_use() -> int:
+    """Bytes of memory that this process has now (Linux); 0 elsewhere."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def may_differ(data: bytes) -> bool:

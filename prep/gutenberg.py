@@ -3,8 +3,9 @@
 Two forms of frame are known. Since 2003 or so: ``*** START OF THE PROJECT GUTENBERG EBOOK ... ***`` and ``*** END OF ...``
 (also THIS, and ETEXT). Before: a header that ends with ``*END*THE SMALL PRINT! ...*END*``, or small print behind the
 text, and ``End of (the) Project Gutenberg Etext of ...``. Inside the frame, the lines that say who produced or transcribed
-the text, notes of the transcriber at either end, and notices about other editions are left out too. A file may hold
-several books: each comes out by itself.
+the text, notes of the transcriber at either end, and notices about other editions are left out too. "Produced by" and the like
+may as well begin a sentence of the author's, so that it takes names behind it, or words that only such lines have. In a text
+without any mark nothing is left out. A file may hold several books: each comes out by itself.
 
 **A guard** has the last word, because a mark in the wrong place once cut a Shakespeare to a thousandth: where more than
 40 % of a text would go, or Project Gutenberg is still named in the first or last twentieth of a book, the file stays as
@@ -38,23 +39,59 @@ _WORDS = re.compile(r"gutenberg|small\s+print", re.IGNORECASE)
 _LICENSE = re.compile(r"START:? FULL LICENSE|Section 1\.\s+General Terms of Use|THE FULL PROJECT GUTENBERG.{0,3} LICENSE")
 _NAMED = re.compile(r"project\s+gutenberg", re.IGNORECASE)
 _PARAGRAPH_END = re.compile(r"\n(?:[ \t]*\n)+")
-# Paragraphs at the start of a book that are about the file and not of the book.
+# Paragraphs at the start of a book that are about the file and not of the book: for certain, and if :func:`_names_people`.
 _CREDIT = re.compile(
     r"""\s*[\[(*_=~+|-]*\s*(?:
         (?:this\s+)?e-?\s?(?:text|book)\s+(?:was\s+|is\s+)?(?:first\s+)?
             (?:prepared|produced|created|transcribed|scanned|provided|typed|made|converted|compiled)\b
-        | (?:produced|(?:text\s+)?prepared|scanned|digitized|proof-?read|typed|html\s+version\s+(?:created\s+|prepared\s+)?)
-            (?:\s+(?:and|&)\s+\w+)?\s*by\s
         | (?:updated\s+editions?|character\s+set\s+encoding|release\s+date|credits|last\s+updated|most\s+recently\s+updated)\s*:
-        | transcribed\s+(?:by|from\s+the)\s
-        | (?:the\s+)?transcriber['’]?s?['’]?\s+(?:\w+\s+)?notes?\b
         | (?:editor's\s+)?note:?\s+(?:the\s+)?project\s+gutenberg
-        | (?:images?|illustrations?)\s+(?:of\s+the\s+original|(?:are|is)\s+(?:available|generously))
         | this\s+file\s+(?:was\s+(?:produced|made|first)|should\s+be\s+named)
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
-_NOTE = re.compile(r"\s*[\[(*_=~+|-]*\s*(?:the\s+)?transcriber['’]?s?['’]?\s+(?:\w+\s+)?notes?\b", re.IGNORECASE)
+_LIKELY_CREDIT = re.compile(
+    r"""\s*[\[(*_=~+|-]*\s*(?:
+        (?:produced|(?:text\s+)?prepared|scanned|digitized|proof-?read|typed|html\s+version\s+(?:created\s+|prepared\s+)?)
+            (?:\s+(?:and|&)\s+\w+)?\s*by\s
+        | transcribed\s+(?:by|from\s+the)\s
+        | (?:images?|illustrations?)\s+(?:of\s+the\s+original|(?:are|is)\s+(?:available|generously))
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_CREDIT_WORDS = re.compile(
+    r"@|https?:|www\.|\.(?:net|org|com)\b|e-?text|e-?book|\bhtml\b|gutenberg|proof-?read|internet\s+archive|google|volunteer|\bscans?\b"
+    r"|\bscanned\b|digital\s+librar|online|generously|\bpgdp",
+    re.IGNORECASE,
+)
+# What stands between names, besides capitals, initials and years.
+_BETWEEN_NAMES = frozenset(
+    (
+        "and",
+        "of",
+        "the",
+        "at",
+        "for",
+        "from",
+        "with",
+        "in",
+        "on",
+        "a",
+        "an",
+        "its",
+        "by",
+        "edition",
+        "editions",
+        "copy",
+        "press",
+    )
+) | {"de", "da", "di", "du", "del", "van", "von", "der", "la", "le", "et", "team"}
+# A heading, or a note in brackets: "transcriber's note of hand" is neither.
+_NOTE = re.compile(
+    r"\s*(?:[*_=~+|-]*\s*(?:the\s+)?transcriber['’]?s?['’]?\s+(?:\w+\s+)?notes?[ \t]*(?:[:.\])*_=~+|—–-]|\n|\Z)"
+    r"|[\[(][*_=~+|-]*\s*(?:the\s+)?transcriber['’]?s?['’]?\s+(?:\w+\s+)?notes?\b)",
+    re.IGNORECASE,
+)
 _BLANK = re.compile(r"(?:[ \t]*\n)*")
 _CREDITS_WITHIN = 12  # paragraphs at the start
 _LONGEST_CREDIT, _LONGEST_NOTE = 800, 4000  # characters
@@ -70,7 +107,7 @@ class Books(NamedTuple):
 
 def strip_gutenberg(text: str) -> Books:
     """The books in ``text`` (its line ends are ``\\n``), without the frame. Text without marks passes, but for the guard."""
-    found = [_without_notes(text[start:stop]) for start, stop in _bodies(text)]
+    found = [_without_notes(text[start:stop]) for start, stop in _bodies(text)] if _marks(text) else [text]
     books = [book for book in found if book.strip()]
     total = len(text.strip())
     removed = total - sum(len(book.strip()) for book in books) - _licenses(text)
@@ -141,7 +178,7 @@ def _without_notes(book: str) -> str:
     kept, at = [], _next_paragraph(book, 0)
     for _ in range(_CREDITS_WITHIN):
         stop = _paragraph_stop(book, at)
-        if _NOTE.match(book, at, stop) or (stop - at <= _LONGEST_CREDIT and _CREDIT.match(book, at, stop)):
+        if _NOTE.match(book, at, stop) or (stop - at <= _LONGEST_CREDIT and _is_credit(book[at:stop])):
             at = _next_paragraph(book, _note_stop(book, at, stop))
         else:
             following = _next_paragraph(book, stop)
@@ -151,6 +188,19 @@ def _without_notes(book: str) -> str:
     late = int(len(book) * (1 - _NOTES_WITHIN))
     starts = (match.end() for match in _PARAGRAPH_END.finditer(book, late))
     return book[: next((at for at in starts if _NOTE.match(book, at)), len(book))].rstrip()
+
+
+def _is_credit(paragraph: str) -> bool:
+    if _CREDIT.match(paragraph):
+        return True
+    begin = _LIKELY_CREDIT.match(paragraph)
+    return begin is not None and (_CREDIT_WORDS.search(paragraph) is not None or _names_people(paragraph[begin.end() :]))
+
+
+def _names_people(text: str) -> bool:
+    """Whether ``text`` is a list of names, as no sentence is: each word begins with a capital or a digit, or joins names."""
+    words = re.findall(r"[^\W_][\w'’-]*", text)
+    return bool(words) and all(word in _BETWEEN_NAMES or not word[0].islower() for word in words)
 
 
 def _next_paragraph(book: str, at: int) -> int:

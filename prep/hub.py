@@ -3,15 +3,19 @@
 Map-style, ``datasets`` downloads and lays out Arrow files, and :class:`prep.columns.ArrowRows` reads the one column from them:
 no ``map``, no second copy. With ``--stream`` nothing but the text is kept: :func:`fetch` writes it to files of about one unit
 each, beside the out folder. Each file appears whole, together with the ``state_dict`` of the stream behind it, so that an
-interrupted run goes on where the last file ended; from then on they are .jsonl files like any other.
+interrupted run goes on where the last file ended; from then on they are .jsonl files like any other. They are taken again only
+if the files behind the stream are still those that it began with (:func:`origin`).
 
 NAME may also be a local folder or file of what ``datasets`` reads: the same code without a network.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,23 +158,54 @@ def stream_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.stream"
 
 
+def origin(name: HubName) -> str:
+    """What changes when the files behind a dataset do: the revision of the hub, or the times of change of local files."""
+    try:
+        builder = _datasets().load_dataset_builder(**{key: value for key, value in _asked(name).items() if key != "split"})
+        data_files: Any = builder.config.data_files or {}
+        about = {str(split): [list(files), list(map(list, files.origin_metadata))] for split, files in data_files.items()}
+    except PretrainError:
+        raise
+    except Exception as error:  # whatever a hub, a network, a script or a damaged file can raise: it is not ours
+        raise _translated(name, error) from None
+    local = [path for files, _ in about.values() for path in files if os.path.exists(path)]
+    sizes = [os.stat(path).st_size for path in local]
+    return hashlib.sha256(json.dumps([about, sizes], sort_keys=True, default=str).encode()).hexdigest()
+
+
 def fetch(name: HubName, column: str, folder: Path, limit: int | None) -> list[str]:
     """Write the text of a stream to .jsonl files below ``folder``, as far as they are not there; their paths in order.
 
     ``limit`` is the number of bytes of text at which to stop, behind a whole document. Raises :class:`DataError` when the
-    stream breaks: what was fetched stays, and the same call goes on behind it.
+    stream breaks: what was fetched stays, and the same call goes on behind it. What was fetched from other files is deleted.
     """
     request = {"name": str(name), "column": column, "limit": limit}
-    folder = folder / "".join(letter if letter.isalnum() else "_" for letter in str(name))
-    folder.mkdir(parents=True, exist_ok=True)
+    readable = "".join(letter if letter.isalnum() else "_" for letter in str(name))[-60:]
+    folder = folder / f"{readable}-{hashlib.sha256(str(name).encode()).hexdigest()[:8]}"
     paths, state, size = _fetched(folder, request)
+    # A stream of the hub that has ended is not looked up again: what was fetched is one revision of it, and whole.
+    if state and state["done"] and not os.path.exists(name.path):
+        return paths
+    witness = origin(name)
+    if state and state.get("origin") != witness:
+        print(f"{name}: has changed since its text was fetched; fetching it anew", file=sys.stderr, flush=True)
+        shutil.rmtree(folder)
+        paths, state, size = [], None, 0
     if not (state and state["done"]):
+        folder.mkdir(parents=True, exist_ok=True)
         for block, after in _blocks(name, column, state, size, limit):
             path = folder / f"{len(paths):08d}.jsonl"
             write_whole(path, block)
-            write_whole(path.with_suffix(".state"), json.dumps({"request": request, **after}).encode())
+            about = {"request": request, "origin": witness, **after}
+            write_whole(path.with_suffix(".state"), json.dumps(about).encode())
             paths.append(str(path))
     return paths
+
+
+def origin_of(path: str) -> str:
+    """The :func:`origin` that a file of :func:`fetch` was fetched from; "" for other files."""
+    state = Path(path).with_suffix(".state")
+    return json.loads(state.read_bytes())["origin"] if state.is_file() else ""
 
 
 def _fetched(folder: Path, request: dict[str, Any]) -> tuple[list[str], dict[str, Any] | None, int]:
@@ -183,7 +218,9 @@ def _fetched(folder: Path, request: dict[str, Any]) -> tuple[list[str], dict[str
         except ValueError:
             break
         if read["request"] != request:
-            raise DataError(f"{folder}: holds what was fetched for {read['request']}; delete it, or ask for the same again")
+            raise DataError(
+                f"{folder}: holds what was fetched for {read['request']}; ask for the same again, or add --fresh to lose it"
+            )
         paths.append(str(path.with_suffix(".jsonl")))
         state = read
     return paths, state, state["size"] if state else 0
@@ -208,7 +245,9 @@ def _blocks(
                     str(refuse_column(str(name), column, {key: type(value).__name__ for key, value in row.items()}))
                 )
             lines.append(_line(column, row[column]))
-            length = len(row[column].encode(errors="replace")) if isinstance(row[column], str) else 0
+            length = len(lines[-1])  # of what is no text too: a stream of nothing else must end at the limit
+            if isinstance(row[column], str | bytes):
+                length = len(row[column].encode(errors="replace") if isinstance(row[column], str) else row[column])
             held, size, documents = held + length, size + length, documents + 1
             if held >= STREAM_FILE_BYTES or (limit is not None and size >= limit):
                 done = limit is not None and size >= limit
@@ -225,4 +264,15 @@ def _blocks(
 
 
 def _line(column: str, value: Any) -> bytes:
-    return json.dumps({column: value}, ensure_ascii=False, default=str).encode(errors="surrogatepass") + b"\n"
+    """One line of JSON, with the text as :class:`prep.columns.ArrowRows` would give it to the tokenizer.
+
+    Bytes that are no UTF-8 stay as they are, and what is no text stays none: the reader says where they are.
+    """
+    if isinstance(value, bytes):
+        value, errors = value.decode(errors="surrogateescape"), "surrogateescape"
+    else:
+        errors = "surrogatepass"
+    plain = value if isinstance(value, str | int | float | None) else {"not text": type(value).__name__}
+    if isinstance(plain, str):
+        plain = plain.removeprefix("\ufeff")
+    return json.dumps({column: plain}, ensure_ascii=False).encode(errors=errors) + b"\n"

@@ -19,19 +19,22 @@ import contextlib
 import json
 import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from accel_pretrain import lock
 from accel_pretrain.errors import DataError
-from accel_pretrain.files import is_alive, write_whole
+from accel_pretrain.files import write_whole
 
 JOB = "job"
 UNITS, DATASET, ASSEMBLED, LOCK, TURN = "units", "dataset", "assembled.jsonl", "lock", "turn"
 TEMPORARY = ".tmp"
-SILENCE = 60
+_OWN = frozenset({UNITS, DATASET, ASSEMBLED, LOCK, TURN, f"{JOB}.json", "learned.json", "keys"})
+
+
+def work_folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.work"
 
 
 class Workshop:
@@ -39,7 +42,7 @@ class Workshop:
 
     def __init__(self, out: Path) -> None:
         self.out = Path(os.path.abspath(out))
-        self.folder = self.out.parent / f".{self.out.name}.work"
+        self.folder = work_folder(self.out)
         self.units, self.dataset = self.folder / UNITS, self.folder / DATASET
         self._lock: IO[str] | None = None
 
@@ -49,6 +52,7 @@ class Workshop:
 
         A folder in which nothing was finished is gone afterwards.
         """
+        self._refuse_foreign()
         try:
             self.units.mkdir(parents=True, exist_ok=True)
             self.dataset.mkdir(exist_ok=True)
@@ -65,6 +69,14 @@ class Workshop:
                 self._lock.truncate(0)
             self._lock.close()
             self._lock = None
+
+    def _refuse_foreign(self) -> None:
+        """Raises :class:`DataError` where somebody else's files stand under the name of the work folder."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else [self.folder.name] if os.path.lexists(self.folder) else []
+        if foreign := sorted(name for name in names if name not in _OWN and not name.startswith(TEMPORARY)):
+            raise DataError(
+                f"{self.folder}: is in the way (it holds {foreign[0]}); move it, or give another -o than {self.out}"
+            )
 
     def show_life(self) -> None:
         """Tell runs on other machines that this one works."""
@@ -196,55 +208,12 @@ def _delete(path: Path) -> None:
 
 
 def _take(path: Path, shared: bool) -> IO[str]:
-    """The lock file, open and locked for as long as it stays open; raises :class:`DataError` when another run has it."""
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        if not _locked(file, shared):
-            owner = _owner(file)
-            file.close()
-            raise DataError(f"another run works on this dataset ({owner}); wait for it or end it, or use another -o")
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            break
-        file.close()  # the run that had it has deleted it
-        path.parent.mkdir(parents=True, exist_ok=True)
-    owner, host = _owner_of(file), socket.gethostname()
-    # A lock that another machine does not see is no lock: there, a sign of life within the last minute is.
-    if owner.get("host", host) != host and time.time() - os.fstat(file.fileno()).st_mtime < SILENCE:
-        file.close()
-        raise DataError(
-            f"process {owner['pid']} on {owner['host']} worked on this dataset less than {SILENCE} s ago; wait, or end it"
-        )
-    if not shared:
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": host}))
-        file.flush()
-    return file
-
-
-def _locked(file: IO[str], shared: bool) -> bool:
+    """:func:`accel_pretrain.lock.take`; raises :class:`DataError` when another run has it."""
     try:
-        import fcntl
-    except ImportError:  # no POSIX: the process id in the file is all there is
-        owner = _owner_of(file)
-        return not owner or owner.get("pid") == os.getpid() or not is_alive(int(owner.get("pid", 0)))
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: again the process id
-        owner = _owner_of(file)
-        return not owner or (owner.get("host") == socket.gethostname() and not is_alive(int(owner.get("pid", 0))))
-    return True
-
-
-def _owner_of(file: IO[str]) -> dict[str, Any]:
-    file.seek(0)
-    try:
-        return json.loads(file.read() or "{}")
-    except ValueError:
-        return {}
-
-
-def _owner(file: IO[str]) -> str:
-    owner = _owner_of(file)
-    return f"process {owner['pid']} on {owner['host']}" if owner else "an array task"
+        return lock.take(path, shared)
+    except lock.Taken as taken:
+        if taken.seen:
+            message = f"{taken.owner} worked on this dataset less than {lock.SILENCE} s ago; wait, or end it"
+        else:
+            message = f"another run works on this dataset ({taken.owner}); wait for it or end it, or use another -o"
+        raise DataError(message) from None

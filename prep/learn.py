@@ -1,27 +1,37 @@
 """``--tokenizer train:N``: learn a byte-level BPE vocabulary from a sample of the train split, with gigatoken or rustbpe.
 
 Both learn the same vocabulary in the same order. Left out of the sample are the few documents that hold characters which they
-know from different versions of Unicode.
+know from different versions of Unicode. It is learned in a process of its own, which can be ended at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
 
-from accel_pretrain.errors import ConfigError, DataError
+from accel_pretrain.errors import ConfigError, DataError, PretrainError
 from accel_pretrain.tokenizer import GPT2_PATTERN, BpeTokenizer
 from prep.documents import Document
 from prep.engines import may_differ, silence
 from prep.split import TRAIN, SplitRule
 from prep.units import Unit
+from prep.workers import spawned
 
+_Trainer = Callable[[Iterable[str], int], dict[bytes, int]]
 PREFIX = "train:"
 SAMPLE_BYTES = 64_000_000
 SMALLEST = 258  # 256 bytes, one merge, the end of a text
 # rustbpe's regex engine panics on about a million white spaces before a letter; no vocabulary needs that many.
 _LONG_RUN = re.compile(r"(\s{1000})\s+")
+# Both take hours for a word of a million letters: pairs of it are counted again after each merge. No word of a vocabulary comes
+# near this length, so that the parts teach what the whole does.
+_LONGEST_WORD = 1000
+_IN_A_LONG_WORD = re.compile(r"[^\W_]{500}|(?:[^\w\s]|_){500}")
+_LONG_WORD = re.compile(r"(?<![^\W_])[^\W_]{1001,}|(?<![^\w\s])(?<!_)(?:[^\w\s]|_){1001,}")
 
 
 def wanted_size(spec: str) -> int | None:
@@ -38,14 +48,52 @@ def learn_tokenizer(spec: str, units: Sequence[Unit], rule: SplitRule) -> BpeTok
     """A tokenizer with exactly N ids, the end-of-text id being the last; the same text always gives the same one."""
     size = wanted_size(spec)
     assert size is not None
-    ranks = _trainer(spec)(_sample(units, rule), size - 1)
+    ranks = _ranks_from_child(spec, units, rule, size - 1)
     if len(ranks) < size - 1:
         reached = f"{PREFIX}{len(ranks) + 1}" if len(ranks) + 1 >= SMALLEST else "bytes"
         raise DataError(f"--tokenizer {spec}: the text is too short for so many ids; use --tokenizer {reached}, or more text")
     return BpeTokenizer(spec, ranks, GPT2_PATTERN)
 
 
-def _trainer(spec: str) -> Callable[[Iterable[str], int], dict[bytes, int]]:
+def _ranks_from_child(spec: str, units: Sequence[Unit], rule: SplitRule, size: int) -> dict[bytes, int]:
+    """What a new process learns; it is gone when this returns or raises, be it on Ctrl-C."""
+    outcome: Any = None
+    for again in (True, False):  # whoever ended the first may not have meant it
+        process, channel = spawned(_learn, _trainer(spec), tuple(units), rule, size)
+        try:
+            outcome = channel.recv()
+        except (EOFError, ConnectionResetError):
+            process.join()
+            outcome = f"its process ended with code {process.exitcode}, as it does when memory runs out"
+            if again:
+                continue
+        finally:
+            process.kill()
+            process.join()
+            channel.close()
+        break
+    if isinstance(outcome, PretrainError):
+        raise outcome
+    if isinstance(outcome, str):
+        raise DataError(f"--tokenizer {spec}: cannot be learned from this text ({outcome}); use --tokenizer gpt2 or bytes")
+    return outcome
+
+
+def _learn(train: _Trainer, units: Sequence[Unit], rule: SplitRule, size: int, channel: Connection[Any, Any]) -> None:
+    """What the process does: it sends the ranks, or what went wrong."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    try:
+        outcome: object = train(_sample(units, rule), size)
+    except PretrainError as error:
+        outcome = error
+    except BaseException as error:  # a panic in a Rust extension is not an Exception, and cannot be pickled
+        outcome = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    with contextlib.suppress(BrokenPipeError):
+        channel.send(outcome)
+
+
+def _trainer(spec: str) -> _Trainer:
     for train in (_with_gigatoken, _with_rustbpe):
         with contextlib.suppress(ImportError):
             __import__(train.__name__.removeprefix("_with_"))
@@ -112,5 +160,18 @@ def _sample(units: Sequence[Unit], rule: SplitRule) -> Iterator[str]:
             placed = [(unit.split, document)] if unit.split else rule.place(document)
             for split, part in placed:
                 if split == TRAIN and not may_differ(part.data):
-                    yield _LONG_RUN.sub(r"\1", part.data[: int(budget) + 1].decode(errors="ignore"))
+                    yield from _digestible(part.data[: int(budget) + 1].decode(errors="ignore"))
                 budget -= len(part.data)
+
+
+def _digestible(text: str) -> list[str]:
+    """``text`` without very long white space, and cut into several where a word is very long."""
+    text = _LONG_RUN.sub(r"\1", text)
+    # One in five hundred characters is looked at: a long word has one behind which there are five hundred of it.
+    if not any(_IN_A_LONG_WORD.match(text, at) for at in range(0, len(text), _LONGEST_WORD // 2)):
+        return [text]
+    return _LONG_WORD.sub(_in_parts, text).split("\0")  # NUL is in no text
+
+
+def _in_parts(match: re.Match[str]) -> str:
+    return "\0".join(match[0][start : start + _LONGEST_WORD] for start in range(0, len(match[0]), _LONGEST_WORD))

@@ -20,10 +20,12 @@ from prep.encode import Job, UnitReport, is_intact, read_report
 from prep.engines import Engine, choose_engine
 from prep.estimate import check_disk
 from prep.journal import Workshop
+from prep.leakage import shared_documents
 from prep.learn import learn_tokenizer
 from prep.progress import progress
 from prep.report import RECIPE, Corpus
 from prep.runners import ArrayTask, encode_tasks
+from prep.split import TRAIN, VAL
 from prep.units import keys_of
 from prep.workers import Task
 
@@ -36,6 +38,7 @@ class Outcome:
 
     infos: dict[str, list[ShardInfo]]
     totals: Totals
+    shared: int | None = None  # documents of a given val split that are in the train split too
 
 
 def begin(shop: Workshop, config: PrepConfig, corpus: Corpus, tokenizer: Tokenizer | None) -> tuple[Job, Engine, list[str]]:
@@ -102,7 +105,10 @@ def assemble(shop: Workshop, config: PrepConfig, job: Job, engine: Engine, corpu
                 _join(assembly, held)
         infos = assembly.finish()
     assert assembly.following == len(keys)
-    return Outcome(infos, assembly.totals)
+    shared = None
+    if config.val_file and {TRAIN, VAL} <= infos.keys():
+        shared = shared_documents(shop.dataset, infos[TRAIN], infos[VAL], job.dtype)
+    return Outcome(infos, assembly.totals, shared)
 
 
 def _join(assembly: Assembly, held: dict[int, UnitReport]) -> None:

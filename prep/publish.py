@@ -11,8 +11,9 @@ import shutil
 from pathlib import Path
 
 from accel_pretrain.errors import DataError
-from accel_pretrain.files import sync_folder
-from accel_pretrain.shards import DTYPES, MANIFEST, Manifest, read_manifest
+from accel_pretrain.files import sha256_of, sync_folder
+from accel_pretrain.shards import DTYPES, MANIFEST, Manifest, read_manifest, sampled_sha256
+from accel_pretrain.tokenizer import load_tokenizer
 
 
 def existing_dataset(out: Path, overwrite: bool) -> Manifest | None:
@@ -29,18 +30,28 @@ def existing_dataset(out: Path, overwrite: bool) -> Manifest | None:
     try:
         manifest = read_manifest(out)
         ours |= {name for info in manifest.files for name in (info.path, info.index)}
-    except DataError:
+    except DataError as error:
         if not overwrite:
-            raise
+            raise DataError(f"{error.message}; add --overwrite to replace it") from None
     if others := sorted(set(os.listdir(out)) - ours):
         raise DataError(f"-o {out}: holds more than its dataset ({_some(others)}); move that away, or use another -o")
     return manifest
 
 
 def is_whole(out: Path, manifest: Manifest) -> bool:
-    """Whether the files that ``manifest`` names are there with their sizes."""
-    sizes = {out / info.path: info.tokens * DTYPES[manifest.dtype].itemsize for info in manifest.files}
-    return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+    """Whether what ``manifest`` names is there as it was written: sizes, samples of the ids, document ends, the tokenizer."""
+    for info in manifest.files:
+        path, index = out / info.path, out / info.index
+        if not path.is_file() or path.stat().st_size != info.tokens * DTYPES[manifest.dtype].itemsize:
+            return False
+        if info.sampled and sampled_sha256(path) != info.sampled:
+            return False
+        if info.index and not (index.is_file() and sha256_of(index) == info.index_sha256):
+            return False
+    try:
+        return load_tokenizer(out).fingerprint == manifest.tokenizer["fingerprint"]
+    except DataError:
+        return False
 
 
 def publish(folder: Path, out: Path) -> None:
@@ -56,7 +67,7 @@ def publish(folder: Path, out: Path) -> None:
             old.rename(out)
         raise
     sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _delete(old)
 
 
 def _old(out: Path) -> Path:
@@ -66,10 +77,24 @@ def _old(out: Path) -> Path:
 def _recover(out: Path) -> None:
     """Finish what a run left that was killed between the two renames of :func:`publish`."""
     old = _old(Path(os.path.abspath(out)))
-    if old.is_dir() and not out.exists():
+    if not os.path.lexists(old):
+        return
+    if not (old / MANIFEST).is_file():
+        raise DataError(f"{old}: is in the way, and no dataset; move it, or give another -o than {out}")
+    if out.exists():
+        _delete(old)
+    else:
         old.rename(out)
-    elif old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _delete(old: Path) -> None:
+    """Delete a dataset, its manifest last: it is known as one until it is gone."""
+    for name in os.listdir(old) if old.is_dir() else ():
+        if (path := old / name).is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif name != MANIFEST:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _some(names: list[str]) -> str:

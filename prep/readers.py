@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
+from accel_pretrain.errors import DataError
 from prep.documents import CHUNK, OR_SKIP, BadDocument, Document, Piece, Reader, Tally, digest_of, opened, read_some
 from prep.normal import key_of_chunks
 
@@ -26,6 +27,8 @@ __all__ = [
 LARGEST_DOCUMENT = 64_000_000
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_UTF32_BOMS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_MOST_DIGITS = 4000
 _LINE_END = re.compile(rb"\n")
 # Where a long text may be cut so that every tokenizer of tiktoken gives the parts the same ids as the whole: after a
 # line end between two visible characters. Left out are bytes that can begin or end white space of more than one byte,
@@ -71,8 +74,12 @@ class WholeText(_Text):
         if not isinstance(found, int):  # short; or not valid text, which `documents` will say
             yield Piece(path, 0, size, self)
             return
+        ranges = list(_ranges(path, size, unit_bytes, _SAFE_CUT, _WORD_CUT))
+        if any(stop - start > self.largest for start, stop in ranges):  # then all of it is too long, and none is left out alone
+            yield Piece(path, 0, size, self)
+            return
         key = _key_of_file(path) if self.keyed else None
-        for start, stop in _ranges(path, size, unit_bytes, _SAFE_CUT, _WORD_CUT):
+        for start, stop in ranges:
             yield Piece(path, start, stop, self, found, ends=stop == size, key=key)
 
     def documents(self, piece: Piece, tally: Tally | None = None) -> Iterator[Document | BadDocument]:
@@ -82,7 +89,9 @@ class WholeText(_Text):
             yield found if isinstance(found, BadDocument) else _too_long(piece.path, piece.start, None, self.largest)
             return
         for document in super().documents(piece, tally):
-            if isinstance(document, Document) and piece.digest is not None:
+            if piece.digest is not None:
+                if isinstance(document, BadDocument):  # it was looked at before it was cut
+                    raise DataError(f"{piece.path}: changed while it was read; run again when nothing writes to it")
                 document = document._replace(digest=piece.digest, whole=False, ends=piece.ends, whole_key=piece.key)
             yield document
 
@@ -137,7 +146,7 @@ class JsonLines(_Text):
             yield Piece(path, start, stop, self)
 
     def parse(self, chunks: Iterable[bytes], path: str, offset: int, packing: str | None) -> Iterator[Document | BadDocument]:
-        decoder = json.JSONDecoder(object_pairs_hook=self._once)
+        decoder = json.JSONDecoder(object_pairs_hook=self._once, parse_int=_number)
         for begin, line, _ in _records(chunks, _LINE_END, self.largest):
             if line is None:
                 yield _too_long(path, offset + begin, packing, self.largest)
@@ -176,6 +185,11 @@ class JsonLines(_Text):
         return row
 
 
+def _number(digits: str) -> int | float:
+    """No int from more digits than Python reads: whatever the number is, it is no text."""
+    return int(digits) if len(digits) < _MOST_DIGITS else float(digits)
+
+
 # ---------------------------------------------------------------------------------------------------------------- bytes
 
 
@@ -185,6 +199,8 @@ def decoded(data: bytes, path: str, offset: int, packing: str | None = None, pla
     def bad(at: int, reason: str) -> BadDocument:
         return BadDocument(path, at, reason + OR_SKIP, place, packing)
 
+    if offset == 0 and data.startswith(_UTF32_BOMS):  # first: the one of UTF-32 begins with the one of UTF-16
+        return bad(0, "UTF-32 text; convert it: iconv -f UTF-32 -t UTF-8")
     if offset == 0 and data.startswith(_UTF16_BOMS):
         return bad(0, "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8")
     if (at := data.find(b"\0")) >= 0:
@@ -216,21 +232,26 @@ def _too_long(path: str, offset: int, packing: str | None, largest: int) -> BadD
 def _records(chunks: Iterable[bytes], boundary: re.Pattern[bytes], largest: int) -> Iterator[tuple[int, bytes | None, bool]]:
     """The bytes between matches of ``boundary``: where they begin, they (None: too long to hold), whether a match ends them."""
     overlap = 0 if boundary is _LINE_END else len(boundary.pattern)  # no shorter than what it matches
-    buffer, begin, base, searched, lost = b"", 0, 0, 0, False
+    # A record may be many chunks long: what of it was searched waits in `head`, and is joined once.
+    head, size, lost = list[bytes](), 0, False
+    buffer, begin, base = b"", 0, 0
     for chunk in chunks:
         buffer += chunk
         used = 0
-        for match in boundary.finditer(buffer, searched):
-            too_long = lost or match.start() - used > largest
-            yield begin, None if too_long else buffer[used : match.start()], True
-            used, lost = match.end(), False
+        for match in boundary.finditer(buffer):
+            too_long = lost or size + match.start() - used > largest
+            yield begin, None if too_long else b"".join([*head, buffer[used : match.start()]]), True
+            head, size, lost, used = [], 0, False, match.end()
             begin = base + used
-        if len(buffer) - used > largest + overlap:
-            lost, used = True, len(buffer) - overlap
-        base, buffer = base + used, buffer[used:]
-        searched = max(0, len(buffer) - overlap)
-    if buffer or lost:
-        yield begin, None if lost or len(buffer) > largest else buffer, False
+        stay = max(used, len(buffer) - overlap)
+        head.append(buffer[used:stay])
+        size += stay - used
+        if size > largest:
+            lost, head = True, []
+        base, buffer = base + stay, buffer[stay:]
+    if size or buffer:
+        too_long = lost or size + len(buffer) > largest
+        yield begin, None if too_long else b"".join([*head, buffer]), False
 
 
 def _survey(path: str) -> int | BadDocument:

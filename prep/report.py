@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prep.pipeline import Outcome
 
 # Raised when the same input and options give other bytes than before: what an old recipe made is never "already there".
-RECIPE = 2
+RECIPE = 3
 SHORT_VAL_TOKENS = 2048
 
 
@@ -50,6 +50,7 @@ def make_manifest(config: PrepConfig, job: Job, tokenizer: Tokenizer, corpus: Co
     infos, totals = [info for found in outcome.infos.values() for info in found], outcome.totals
     counts = {"documents": sum(info.documents for info in infos), "empty": totals.empty, "bad": len(totals.bad)}
     counts |= {"duplicates": totals.duplicates} if job.dedup else {}
+    counts |= {"val documents in train": outcome.shared} if outcome.shared is not None else {}
     return Manifest(
         dtype=job.dtype,
         tokenizer={
@@ -76,7 +77,7 @@ def make_manifest(config: PrepConfig, job: Job, tokenizer: Tokenizer, corpus: Co
 def _describe_source(source: Source, split: str | None) -> dict[str, Any]:
     path = os.path.abspath(source.name) if source.files and os.path.exists(source.name) else source.name
     described: dict[str, Any] = {"path": path, "files": len(source.files), "bytes": source.size}
-    return described | ({"split": split} if split else {})
+    return described | ({"origin": source.origin} if source.origin else {}) | ({"split": split} if split else {})
 
 
 def _versions() -> dict[str, str]:
@@ -87,8 +88,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def differences(config: PrepConfig, existing: Manifest, corpus: Corpus, tokenizer: Tokenizer | None, whole: bool) -> list[str]:
-    """In what the dataset that is there differs from the one that was asked for; empty when it is that one."""
+def differences(config: PrepConfig, existing: Manifest, tokenizer: Tokenizer | None, whole: bool) -> list[str]:
+    """In what but its text the dataset that is there differs from the one that was asked for."""
     prep, wanted = existing.prep, json.loads(json.dumps(what_decides(config)))
     made_with = prep.get("config", {})
     differing = [key for key, value in wanted.items() if made_with.get(key) != value]
@@ -97,21 +98,24 @@ def differences(config: PrepConfig, existing: Manifest, corpus: Corpus, tokenize
     if tokenizer is not None and tokenizer.fingerprint != existing.tokenizer["fingerprint"]:
         differing.append("content of the tokenizer")
     if not differing and not whole:
-        differing.append("sizes of its own files")
-    if not differing:
-        inputs = hashlib.sha256(b"".join(unit.content() for unit in corpus.units)).hexdigest()
-        if inputs != prep.get("inputs_sha256"):
-            differing.append("text")
+        differing.append("bytes than were written: it is damaged")
     return differing
 
 
-def print_summary(config: PrepConfig, job: Job, tokenizer: Tokenizer, corpus: Corpus, outcome: Outcome, seconds: float) -> None:
+def is_of(existing: Manifest, corpus: Corpus) -> bool:
+    """Whether the dataset that is there was made of this text."""
+    inputs = hashlib.sha256(b"".join(unit.content() for unit in corpus.units)).hexdigest()
+    return inputs == existing.prep.get("inputs_sha256")
+
+
+def print_summary(config: PrepConfig, job: Job, tokenizer: Tokenizer, outcome: Outcome, seconds: float) -> None:
     """What came out of a run, what was left out, and what to type next."""
     totals = outcome.totals
     left_out = [f"{totals.empty} empty documents left out"] if totals.empty else []
     left_out += [f"{totals.duplicates} duplicates left out"] if totals.duplicates else []
     left_out += [f"{len(totals.bad)} invalid documents skipped"] if totals.bad else []
-    print("; ".join([f"{config.out}: {corpus.size / 1e6:.1f} MB of input", *left_out]))
+    size = sum(info.utf8_bytes for infos in outcome.infos.values() for info in infos)
+    print("; ".join([f"{config.out}: {size / 1e6:.1f} MB of text", *left_out]))
     for bad in totals.bad[:3]:
         print(f"  skipped {bad.problem.removesuffix('; or leave such documents out with --on_error skip')}")
     for line in report_lines(totals.tally):
@@ -120,8 +124,12 @@ def print_summary(config: PrepConfig, job: Job, tokenizer: Tokenizer, corpus: Co
     for split, infos in outcome.infos.items():
         documents, tokens, utf8 = (sum(getattr(info, name) for info in infos) for name in ("documents", "tokens", "utf8_bytes"))
         print(f"  {split:<6}{len(infos):>7,}{documents:>12,}{tokens:>16,}{utf8 / tokens:>14.2f}")
-    rate = f"{seconds:.1f} s, {corpus.size / 1e6 / seconds:.1f} MB/s"
+    rate = f"{seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
     print(f"  tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} ids, stored as {job.dtype}; {rate} by {job.engine}")
+    if outcome.shared:
+        documents = sum(info.documents for info in outcome.infos[VAL])
+        print(f"note: {outcome.shared:,} of the {documents:,} val documents are in the train split too, so that the val loss")
+        print("      flatters; take them out of the val files, or add --dedup exact, which keeps the first of equal documents")
     if sum(info.tokens for info in outcome.infos.get(VAL, [])) < SHORT_VAL_TOKENS and VAL in outcome.infos:
         print("note: the val split is very short; hold out more with --val 10%")
     print_next(config)

@@ -17,7 +17,7 @@ from prep.config import PrepConfig, available_cores
 from prep.encode import Job, UnitReport, encode_unit
 from prep.engines import Engine
 from prep.units import Unit
-from prep.workers import Task, encode_here, encode_supervised, engine_of
+from prep.workers import Task, encode_here, encode_supervised, engine_of, of_the_machine
 
 _BYTES_PER_WORKER = {"tiktoken": 4_000_000, "gigatoken": 100_000_000, "numpy": 100_000_000}
 _RETRIES = 3
@@ -56,12 +56,19 @@ def array_task(environment: Mapping[str, str] = os.environ) -> ArrayTask:
     try:
         number, count = int(environment["SLURM_ARRAY_TASK_ID"]), int(environment["SLURM_ARRAY_TASK_COUNT"])
         first, step = int(environment.get("SLURM_ARRAY_TASK_MIN", "0")), int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
+        last = int(environment.get("SLURM_ARRAY_TASK_MAX", str(first + (count - 1) * step)))
     except (KeyError, ValueError):
         raise ConfigError(
             "--runner slurm: not in a task of a job array; submit the command with sbatch --array=0-15, and after it, with "
             "--dependency=afterok:JOB, the same command with --runner local, which completes the dataset"
         ) from None
-    return ArrayTask((number - first) // step, count)
+    index, odd = divmod(number - first, step) if step > 0 else (0, 1)
+    if odd or not 0 <= index < count or (last - first) // step + 1 != count:
+        raise ConfigError(
+            f"--runner slurm: task {number} of {count} from {first} to {last} is not in an unbroken array, whose tasks share "
+            "the work by their numbers; submit the command with sbatch --array=0-15"
+        )
+    return ArrayTask(index, count)
 
 
 # ------------------------------------------------------------------------------------------------------------------ Ray
@@ -102,7 +109,7 @@ def _report_of(ray: Any, reference: Any, unit: Unit) -> UnitReport:
             f"{unit.name}: Ray gave up on it after {_RETRIES + 1} tries ({type(error).__name__}: {first}); "
             "--runner local finds the document that is the cause"
         ) from None
-    if isinstance(outcome, PretrainError):
+    if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
@@ -110,7 +117,7 @@ def _report_of(ray: Any, reference: Any, unit: Unit) -> UnitReport:
 _engines: dict[Job, Any] = {}
 
 
-def encode_by_ray(job: Job, unit: Unit, key: str) -> UnitReport | PretrainError:
+def encode_by_ray(job: Job, unit: Unit, key: str) -> UnitReport | Exception:
     """One unit, in a process of Ray's, which keeps its engine for the next."""
     if job not in _engines:
         _engines.clear()
@@ -120,4 +127,4 @@ def encode_by_ray(job: Job, unit: Unit, key: str) -> UnitReport | PretrainError:
     except PretrainError as error:  # ours to report; anything else is Ray's to retry
         return error
     except OSError as error:
-        return DataError(f"{error.filename or job.folder}: {error.strerror}")
+        return of_the_machine(error, job)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import glob
+import hashlib
 import os
 import shutil
 import stat
@@ -24,7 +25,9 @@ from prep import hub
 from prep.clean import Cleaning, Filters, cleaned
 from prep.columns import ArrowRows, BrokenFile, ParquetRows, SeparatedValues, arrow_problem, parquet_problem
 from prep.config import PrepConfig, parse_count
-from prep.packed_files import MAGIC, SUFFIXES, Packed
+from prep.folders import fixed_part, matches, own_output, suffixes_of, text_files
+from prep.journal import work_folder
+from prep.packed_files import MAGIC, Packed
 from prep.readers import JsonLines, Reader, SeparatedText, TextReader, WholeText
 
 STDIN = "-"
@@ -68,6 +71,7 @@ class Source:
 
     name: str
     files: tuple[SourceFile, ...]
+    origin: str = ""  # of a stream: what changes when the text behind it does
 
     @property
     def size(self) -> int:
@@ -92,10 +96,18 @@ def find_sources(names: Sequence[str], config: PrepConfig) -> list[Source]:
                     files += _source_file(path, kind, config, problems)
         except DataError as error:
             problems += error.problems
-        sources.append(Source(name, tuple(files)))
+        streamed = config.stream and name.startswith(hub.PREFIX) and files
+        sources.append(Source(name, tuple(files), hub.origin_of(files[-1].path) if streamed else ""))
     if problems:
         raise DataError(problems)
     return sources
+
+
+def refuse_own_output(config: PrepConfig) -> None:
+    """Raises :class:`DataError` when the next run would read what this one writes; looks at no file."""
+    names = [os.path.expanduser(name) for name in [*config.sources, *config.val_file]]
+    if problems := [problem for name in names if (problem := own_output(name, config.out))]:
+        raise DataError(problems)
 
 
 def parse_size(text: str | None) -> int | None:
@@ -116,21 +128,21 @@ def _expand(name: str, config: PrepConfig, problems: list[str]) -> Iterator[tupl
     """Paths, and the kind of the file where the name or the folder says it."""
     path = os.path.expanduser(name)
     if name == STDIN:
-        yield _spooled_input(), None
+        yield _spooled_input(config), None
         return
     if name.startswith(hub.PREFIX) and not os.path.lexists(path):
         yield from _hub_files(name, config)
         return
     if os.path.lexists(path):
-        matches = [path]
+        found = [path]
     elif glob.has_magic(path):
-        matches = sorted(glob.glob(path, recursive=True))
-        if not matches:
-            problems.append(f"{name}: no file matches this pattern below {os.path.abspath(_fixed_part(path))}")
+        found = matches(path)
+        if not found:
+            problems.append(f"{name}: no file matches this pattern below {os.path.abspath(fixed_part(path))}")
     else:
         problems.append(f"{name}: {os.path.abspath(path)} does not exist; name a text file, a folder or a quoted glob")
         return
-    for match in matches:
+    for match in found:
         if hub.is_saved_dataset(match):
             yield from ((file, "arrow") for file in hub.saved_files(match))
         elif os.path.isdir(match):
@@ -140,41 +152,33 @@ def _expand(name: str, config: PrepConfig, problems: list[str]) -> Iterator[tupl
 
 
 def _hub_files(name: str, config: PrepConfig) -> Iterator[tuple[str, str]]:
-    parsed = hub.HubName.parse(name)
-    if config.stream and config.out and not hub.is_saved_dataset(parsed.path):
-        for path in hub.fetch(parsed, config.text_column, hub.stream_folder(config.out), parse_size(config.limit)):
+    parsed, limit = hub.HubName.parse(name), parse_size(config.limit)
+    if config.stream and not hub.is_saved_dataset(parsed.path):
+        if config.plan:
+            folder, limit = Path(_temporary_folder()), min(limit or hub.STREAM_FILE_BYTES, hub.STREAM_FILE_BYTES)
+        else:
+            assert config.out
+            folder = hub.stream_folder(config.out)
+        for path in hub.fetch(parsed, config.text_column, folder, limit):
             yield path, "jsonl"
         return
     for path in hub.map_style_files(parsed, config.text_column):
         yield path, "arrow"
 
 
-def _fixed_part(pattern: str) -> str:
-    while glob.has_magic(pattern):
-        pattern = os.path.dirname(pattern)
-    return pattern or "."
-
-
 def _walk(folder: str, config: PrepConfig, problems: list[str]) -> Iterator[str]:
-    """The text files below ``folder``, sorted; hidden ones and linked folders are left out."""
-    real = Path(folder).resolve()
-    if config.out and config.out.resolve().is_relative_to(real):
-        problems.append(
-            f"-o {config.out}: lies inside the input folder {folder}, so that the next run would read its own output; "
-            f"put it elsewhere, for example -o {real}-tokens"
-        )
+    """The text files below ``folder``, sorted, and folders in it that cannot be read."""
+    if problem := own_output(folder, config.out):
+        problems.append(problem)
         return
     if os.path.exists(os.path.join(folder, MANIFEST)):
         problems.append(f"{folder} is a token dataset, not text; name the text that it was made from")
         return
-    suffixes = _suffixes_of(config.format)
+    suffixes = _suffixes_taken(config.format)
     found = False
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and _suffix(name)[0] in suffixes:
-                found = True
-                yield os.path.join(parent, name)
+    for path in text_files(folder, suffixes):
+        found = True
+        yield path
     if not found:
         problems.append(
             f"{folder}: no file in it has a suffix of text ({' '.join(sorted(suffixes))}); "
@@ -182,44 +186,58 @@ def _walk(folder: str, config: PrepConfig, problems: list[str]) -> Iterator[str]
         )
 
 
-def _suffixes_of(format: str) -> frozenset[str]:
+def _suffixes_taken(format: str) -> frozenset[str]:
     """The suffixes that are taken from a folder."""
     if format in ("auto", "text"):
         return TEXT_SUFFIXES | JSONL_SUFFIXES | ({".parquet"} if format == "auto" else frozenset())
     return frozenset(suffix for suffix, kind in KINDS.items() if kind == format)
 
 
-def _suffix(path: str) -> tuple[str, str | None]:
-    """The suffix that says what a file holds, and the one that says how it is packed."""
-    stem, suffix = os.path.splitext(path.lower())
-    if suffix not in SUFFIXES:
-        return suffix, None
-    return os.path.splitext(stem)[1], suffix
+def _spooled_input(config: PrepConfig) -> str:
+    """Standard input as a file: work is cut into ranges, and input cannot go back.
 
-
-def _spooled_input() -> str:
-    """Standard input as a file, deleted when this process ends: work is cut into ranges, and input cannot go back."""
+    The file stands beside the dataset, is named after its content and has no time of its own, so that a run that is given the
+    same text again goes on where it was. It stays as long as there is unfinished work.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise DataError("-: standard input is closed; pipe a text into it, or name a file")
     if sys.stdin.isatty():
         raise DataError("-: standard input is the keyboard; pipe a text into it, or name a file")
+    if config.plan or not config.out:
+        folder = Path(_temporary_folder())
+    else:
+        out = Path(os.path.abspath(config.out))
+        folder, work = out.parent / f".{out.name}.stdin", work_folder(out)
+        atexit.register(lambda: work.exists() or shutil.rmtree(folder, ignore_errors=True))
+    path, digest = folder / f"{os.getpid()}.tmp", hashlib.sha256()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            while chunk := sys.stdin.buffer.read(1 << 20):
+                file.write(chunk)
+                digest.update(chunk)
+        with path.open("rb") as file:
+            start = file.read(8)
+        suffix = next((suffix for magic, suffix in MAGIC.items() if start.startswith(magic)), "")
+        os.utime(path, (0, 0))
+        return str(path.rename(folder / f"{digest.hexdigest()[:32]}{suffix}"))
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise DataError(f"-: standard input cannot be kept in {folder} ({error.strerror}), which it has to be") from None
+
+
+def _temporary_folder() -> str:
+    """A folder that is deleted when this process ends."""
     folder = tempfile.mkdtemp(prefix="prep-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = os.path.join(folder, "stdin")
-    with open(path, "wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-    with open(path, "rb") as file:
-        start = file.read(8)
-    for magic, suffix in MAGIC.items():
-        if start.startswith(magic):
-            os.rename(path, path + suffix)
-            return path + suffix
-    return path
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------------------ the files
 
 
 def _source_file(path: str, kind: str | None, config: PrepConfig, problems: list[str]) -> list[SourceFile]:
-    suffix, packing = _suffix(path)
+    suffix, packing = suffixes_of(path)
     if kind is None and config.format == "auto" and suffix in _CANNOT_READ:
         problems.append(f"{path}: {suffix} is not read; {_CANNOT_READ[suffix]}")
         return []
@@ -241,6 +259,8 @@ def _size_of(path: str) -> int | BrokenFile:
         found = os.stat(path)
         if stat.S_ISFIFO(found.st_mode):
             return BrokenFile("a pipe, not a file; send its text to standard input, and name - as the source")
+        if stat.S_ISDIR(found.st_mode):  # one below a folder that was named
+            os.listdir(path)
         if not stat.S_ISREG(found.st_mode):
             return BrokenFile("cannot be read (not a regular file)")
         with open(path, "rb"):

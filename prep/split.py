@@ -8,6 +8,7 @@ the corpus is too small, :func:`choose_split` adds the fewest exceptions that do
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -138,7 +139,9 @@ def _cut_only_document(units: Sequence[Unit], share: float) -> tuple[SplitRule, 
     cut = low + cut_tail(pieces[0]._replace(start=low, stop=high).read(), target - low)
     largest = max(unit.size for unit in units)
     train = [piece._replace(stop=min(piece.stop, cut), ends=piece.stop >= cut) for piece in pieces if piece.start < cut]
-    val = [piece._replace(start=max(piece.start, cut)) for piece in pieces if piece.stop > cut]
+    # The two halves are two documents: with one key, the second would be a repetition of the first.
+    key = hashlib.blake2b(pieces[0].key, digest_size=len(pieces[0].key)).digest() if pieces[0].key else None
+    val = [piece._replace(start=max(piece.start, cut), key=key) for piece in pieces if piece.stop > cut]
     others = [piece for unit in units for piece in unit.pieces if piece.digest is None]  # empty files, for the count
     return SplitRule(tail=share), [*pack([*train, *others], largest, TRAIN), *pack(val, largest, VAL)]
 

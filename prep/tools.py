@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import shutil
 import socket
@@ -27,7 +28,7 @@ BLOCK = 1 << 22
 
 def run_tool(cls: type[T], usage: str, act: Callable[[T], int], argv: Sequence[str] | None) -> int:
     """Read the command line of a tool whose config has ``datasets``, and run it; exits with code 2 on what a user can mend."""
-    with reported():
+    with reported(), printable():
         words = sys.argv[1:] if argv is None else argv
         short = {"-o": "out", "-h": "help"}
         line = parse_command_line(cls, words, flags={"help"}, short=short, positionals=True)
@@ -39,6 +40,20 @@ def run_tool(cls: type[T], usage: str, act: Callable[[T], int], argv: Sequence[s
             return 0 if "help" in line.flags else 2
         return act(config)
     return 2
+
+
+@contextlib.contextmanager
+def printable() -> Iterator[None]:
+    """What the terminal's encoding lacks, or a file name that is no UTF-8, is printed as an escape, and ends no program."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    try:
+        for stream in streams:
+            stream.reconfigure(errors="backslashreplace")
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
 
 
 def options_of(cls: type[Any]) -> str:

@@ -11,14 +11,17 @@ the last one it named is known; and that document is encoded alone, twice, befor
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from accel_pretrain.errors import DataError, PretrainError
@@ -29,6 +32,7 @@ from prep.units import Unit
 
 Task = tuple[int, Unit, str]  # its number, the unit, its key
 _STOPPING = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "pthread_sigmask") else set()
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PATIENCE = 3  # how often a unit may end its worker where no document is to blame
 
 
@@ -130,9 +134,14 @@ _NOTHING_YET = object()
 
 
 def _start(job: Job) -> _Worker:
+    return _Worker(*spawned(_work, job))
+
+
+def spawned(work: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection[Any, Any]]:
+    """A new process that does ``work(*arguments, channel)`` and is not interrupted by Ctrl-C, and our end of the channel."""
     context = multiprocessing.get_context("spawn")  # fork would copy the threads of a library without their locks
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(job, theirs), daemon=True)
+    process = context.Process(target=work, args=(*arguments, theirs), daemon=True)
     # A signal that came while a process is half started would leave one behind that nobody knows; it waits until it is known.
     # The child inherits the block: Ctrl-C is for the parent, from the child's first instruction on.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING) if _STOPPING else set()
@@ -148,7 +157,7 @@ def _start(job: Job) -> _Worker:
         if _STOPPING:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
-    return _Worker(process, ours)
+    return process, ours
 
 
 def _hand_out(worker: _Worker, todo: list[_Errand]) -> None:
@@ -169,7 +178,7 @@ def _receive(worker: _Worker) -> object:
     if isinstance(outcome, int):
         errand.named = outcome
         return _NOTHING_YET
-    if isinstance(outcome, PretrainError):
+    if isinstance(outcome, PretrainError | OSError):
         raise outcome
     if isinstance(outcome, str):
         raise RuntimeError(f"a worker process failed on {errand.unit.name}\n{outcome}")
@@ -188,6 +197,13 @@ def _receive(worker: _Worker) -> object:
 
 def _out_of_memory() -> DataError:
     return DataError("memory ran out; use fewer processes: --workers 1, or shorter documents: --max_document")
+
+
+def of_the_machine(error: OSError, job: Job) -> Exception:
+    """``error`` itself where the work folder cannot be written, of which the parent says what is kept; else a message."""
+    if error.errno in _FULL or (error.filename and Path(os.fsdecode(error.filename)).is_relative_to(job.folder)):
+        return OSError(error.errno, error.strerror)
+    return DataError(f"{error.filename or job.folder}: {error.strerror}")
 
 
 def _work(job: Job, channel: Connection[Any, Any]) -> None:
@@ -211,6 +227,6 @@ def _work(job: Job, channel: Connection[Any, Any]) -> None:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except OSError as error:
-            channel.send(DataError(f"{error.filename or job.folder}: {error.strerror}"))
+            channel.send(of_the_machine(error, job))
         except BaseException:  # a panic in a Rust extension is not an Exception, and cannot be pickled
             channel.send(traceback.format_exc())

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from accel_pretrain.commit import hash_files, names_in, seal
 from accel_pretrain.shards import Manifest, ShardWriter, write_manifest
 from accel_pretrain.tokenizer import ByteTokenizer
 
@@ -123,6 +124,12 @@ def assert_same_bits(one: Path, other: Path) -> None:
     assert len(ours) > 20
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
+
+
+def reseal(checkpoint: Path) -> None:
+    """Give a checkpoint whose files a test has changed a manifest that fits them again."""
+    (checkpoint / "manifest.json").unlink(missing_ok=True)
+    seal(checkpoint, hash_files(checkpoint, names_in(checkpoint)))
 
 
 def refused(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *words: object) -> str:

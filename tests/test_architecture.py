@@ -13,29 +13,38 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each level may import the levels above it in this list, and its own.
 LEVELS = (
-    ("errors", "files"),
-    ("typed_yaml", "manifest", "token_formats", "shards", "mixture", "token_text", "tokenizer", "permutation", "schedule"),
+    ("redaction", "errors", "files", "commit", "lock", "status"),
+    (
+        *("yaml_files", "typed_values", "typed_keys", "typed_yaml", "manifest", "token_formats", "shards"),
+        *("mixture", "split_patterns", "token_text", "tokenizer", "permutation", "schedule"),
+    ),
     ("models", "loss", "optim", "data"),
-    ("runtime", "metrics", "trackers", "checkpoint", "generate", "validation"),
+    ("runtime", "stopping", "watchdog", "session", "metrics", "trackers", "peers", "checkpoint", "publish", "saver", "guard"),
+    ("generate", "validation"),
     ("config",),
-    ("loop", "harness"),
+    ("run", "recovery", "loop", "harness", "proofs"),
     ("train", "evaluate", "sample", "plan", "doctor", "hf", "plot", "report"),
 )
 TORCH_FREE = {*LEVELS[0], *LEVELS[1]}
 ACCELERATE_FREE = TORCH_FREE | set(LEVELS[2])
 ENTRY_POINTS = set(LEVELS[-1])
-FOR_PREP = {"errors", "files", "typed_yaml", "shards", "tokenizer"}
+FOR_PREP = {"errors", "files", "lock", "typed_yaml", "shards", "split_patterns", "tokenizer"}
 LIBRARIES = {"torch", "accelerate"}
 
 MAX_FUNCTION, MAX_FILE = 60, 350
 # Where a limit is exceeded today, and by how much at most. Make these smaller; a new entry needs a reason.
-LONGER_FILES = {"accel_pretrain/typed_yaml.py": 560, "accel_pretrain/checkpoint.py": 430}
+LONGER_FILES: dict[str, int] = {}
 LONGER_FUNCTIONS: dict[str, int] = {}
 MAY_PRINT = {"accel_pretrain/errors.py", "accel_pretrain/hf/__main__.py"} | {
     f"accel_pretrain/{name}.py" for name in ENTRY_POINTS
 }
 # A new entry needs a reason; Slurm tells a task of an array its number in no other way.
-MAY_READ_ENVIRONMENT = {"accel_pretrain/errors.py", "accel_pretrain/runtime.py", "prep/runners.py"}
+MAY_READ_ENVIRONMENT = {
+    "accel_pretrain/errors.py",
+    "accel_pretrain/redaction.py",
+    "accel_pretrain/runtime.py",
+    "prep/runners.py",
+}
 
 
 def sources() -> dict[str, ast.Module]:

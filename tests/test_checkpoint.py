@@ -21,10 +21,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from accel_pretrain import checkpoint as checkpoints
-from accel_pretrain.checkpoint import TrainState, find_newest, load_model, problem_with, publish, resolve, restore, sweep
-from accel_pretrain.errors import CheckpointError
-from tests.running import REPO, Train, environment, newest
+from accel_pretrain.checkpoint import TrainState, load_model, restore
+from accel_pretrain.commit import find_newest, problem_with, resolve, sweep
+from accel_pretrain.errors import CheckpointError, StorageError
+from accel_pretrain.publish import publish
+from tests.running import REPO, Train, environment, newest, reseal
 
 Save = Callable[..., Path]
 
@@ -52,7 +53,7 @@ def test_the_folder_is_named_by_its_step_and_verifies(save: Save, tmp_path: Path
     assert path == tmp_path / "checkpoint_00000005"
     assert problem_with(path) is None
     listed = json.loads((path / "manifest.json").read_text())["files"]
-    assert set(listed) == {"model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer_state.json"}
+    assert set(listed) == {"model.safetensors", "optimizer.bin", "trainer_state.json"}
     assert (tmp_path / "latest").read_text() == "checkpoint_00000005\n"
 
 
@@ -82,7 +83,7 @@ def test_a_failed_save_leaves_the_old_one_and_no_rubbish(save: Save, tmp_path: P
     def full_disk(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match=r"checkpoint_00000002 could not be saved: No space left on device"):
         save(2, write_extras=full_disk, keep_last=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00000001", "latest"]
     assert problem_with(tmp_path / "checkpoint_00000001") is None
@@ -105,9 +106,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer_state.json", "manifest.json"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "trainer_state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_passed_over(save: Save, tmp_path: Path, damage: str, name: str) -> None:
     save(1)
     path = save(2)
@@ -115,7 +114,7 @@ def test_a_damaged_checkpoint_is_passed_over(save: Save, tmp_path: Path, damage:
     DAMAGE[damage](path / name)
     if damage == "flipped" and name == "manifest.json":
         assert problem_with(path) is not None or json.loads((path / name).read_text())["files"]
-    elif (damage, name) != ("linked", "manifest.json"):
+    else:
         assert find_newest(tmp_path) == tmp_path / "checkpoint_00000001"
         with pytest.raises(CheckpointError, match="damaged"):
             resolve(path)
@@ -148,8 +147,7 @@ def test_a_planted_pickle_is_never_executed(save: Save, accelerator: Accelerator
         torch.save(Payload(canary), path / name)
     else:
         (path / name).write_bytes(pickle.dumps(Payload(canary)))
-    (path / "manifest.json").unlink()
-    checkpoints._seal(path)
+    reseal(path)
     optimizer = accelerator._optimizers[0]
     with contextlib.suppress(CheckpointError):
         restore(accelerator, optimizer, path)
@@ -191,7 +189,8 @@ SAVE_FOREVER = textwrap.dedent("""
     import sys, torch
     from pathlib import Path
     from accelerate import Accelerator
-    from accel_pretrain.checkpoint import TrainState, publish
+    from accel_pretrain.checkpoint import TrainState
+    from accel_pretrain.publish import publish
     accelerator = Accelerator(cpu=True)
     module = torch.nn.Linear(512, 512)
     accelerator.prepare(module, torch.optim.AdamW(module.parameters()))
@@ -205,7 +204,7 @@ def test_killed_at_any_moment_the_last_announced_checkpoint_or_a_newer_one_is_th
     """SIGKILL at random moments of saving: what ``publish`` had returned is never lost, and nothing torn is ever found."""
     seed = random.randrange(1 << 30)
     draw = random.Random(seed)
-    for trial in range(6):
+    for trial in range(3):  # tests/faults kills at every moment
         command = [sys.executable, "-c", SAVE_FOREVER, str(tmp_path / str(trial))]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(), cwd=REPO) as process:
             assert process.stdout is not None

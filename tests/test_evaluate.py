@@ -19,13 +19,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import save_file
 
-from accel_pretrain.checkpoint import CheckpointConfig, TrainState, load_model, publish, read_tokenizer, write_model_description
+from accel_pretrain.checkpoint import CheckpointConfig, TrainState, load_model, read_tokenizer, write_model_description
 from accel_pretrain.config import RunConfig
 from accel_pretrain.data import DataConfig
 from accel_pretrain.errors import CheckpointError
 from accel_pretrain.evaluate import main
 from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.publish import publish
 from accel_pretrain.shards import Manifest, ShardWriter, write_manifest
 from accel_pretrain.tokenizer import GPT2_PATTERN, BpeTokenizer, ByteTokenizer
 from accel_pretrain.typed_yaml import to_yaml
@@ -240,6 +242,7 @@ def test_a_tokenizer_for_a_model_without_one(place: Place, tmp_path: Path):
     bare = tmp_path / "bare"
     bare.mkdir()
     write_model_description(bare, place.model.config, place.model.vocab_size)
+    save_file(place.model.state_dict(), bare / "model.safetensors")
     assert read_tokenizer(bare, "bytes").fingerprint == ByteTokenizer().fingerprint
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         read_tokenizer(bare)

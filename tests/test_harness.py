@@ -17,13 +17,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from accel_pretrain.checkpoint import CheckpointConfig, TrainState, publish, write_model_description
+from accel_pretrain.checkpoint import CheckpointConfig, TrainState, write_model_description
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import ConfigError, DataError, PretrainError
 from accel_pretrain.evaluate import main
 from accel_pretrain.generate import SamplingConfig, generate
 from accel_pretrain.harness import Scorer, TasksConfig, as_plain, as_tables, find_tasks, read_wishes, run_tasks, windows
 from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.publish import publish
 from accel_pretrain.tokenizer import GPT2_PATTERN, BpeTokenizer
 from accel_pretrain.typed_yaml import to_yaml
 from tests.running import REPO, environment, launch, stdlib_text

@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from accel_pretrain.checkpoint import load_model, publish_weights, write_model_description
+from accel_pretrain.checkpoint import load_model, write_model_description
 from accel_pretrain.hf.__main__ import main
 from accel_pretrain.hf.exporting import choose_family
 from accel_pretrain.hf.verify import probes
 from accel_pretrain.models import ModelConfig
 from accel_pretrain.models.rope import rope_table
+from accel_pretrain.publish import publish_weights
 from accel_pretrain.tokenizer import BpeTokenizer, ByteTokenizer, load_tokenizer
 from tests.running import REPO, environment, launch, losses, newest
 from tests.test_hf_parity import SHAPES, family_of

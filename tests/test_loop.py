@@ -14,12 +14,14 @@ import torch
 from accelerate import Accelerator
 
 from accel_pretrain import loop
-from accel_pretrain.checkpoint import problem_with, read_state, resolve
+from accel_pretrain.checkpoint import read_state
+from accel_pretrain.commit import problem_with, resolve
 from accel_pretrain.data import TokenBatches, Windows
-from accel_pretrain.loop import FiniteGuard, due
-from accel_pretrain.runtime import StopSignal
+from accel_pretrain.guard import Guard
+from accel_pretrain.loop import due
 from accel_pretrain.schedule import Cosine
 from accel_pretrain.shards import open_split
+from accel_pretrain.stopping import StopSignal
 from accel_pretrain.validation import EvalResult
 from tests.running import TINY, Train, assert_same_bits, losses, newest, rows, run_processes, stdlib_text, write_dataset
 
@@ -52,13 +54,13 @@ def test_the_rate_in_the_optimizer_is_the_schedules(
 ) -> None:
     """One step of the schedule per update, not per micro-step."""
     used: list[list[float]] = []
-    step = FiniteGuard.step
+    step = Guard.step
 
-    def record(self: FiniteGuard, run: Any, *measured: torch.Tensor) -> None:
-        used.append([group["lr"] for group in run.optimizer.param_groups])
-        step(self, run, *measured)
+    def record(self: Guard, accelerator: Accelerator, optimizer: Any, *others: Any) -> None:
+        used.append([group["lr"] for group in optimizer.param_groups])
+        step(self, accelerator, optimizer, *others)
 
-    monkeypatch.setattr(FiniteGuard, "step", record)
+    monkeypatch.setattr(Guard, "step", record)
     options = ("--max_iters", "8", "--warmup_iters", "3", "--gradient_accumulation_steps", accumulation)
     assert run_train(tmp_path, *options) == 0
     expected = [Cosine(warmup_iters=3).lr(step, 3e-3, 8) for step in range(1, 9)]
@@ -77,13 +79,14 @@ def grad_norms(run_dir: Path) -> list[float]:
 
 def test_what_is_clipped_is_the_accumulated_gradient(run_train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     clipped: list[float] = []
-    step = FiniteGuard.step
+    step = Guard.step
 
-    def record(self: FiniteGuard, run: Any, *measured: torch.Tensor) -> None:
-        clipped.append(torch.nn.utils.get_total_norm([parameter.grad for parameter in run.parameters]).item())
-        step(self, run, *measured)
+    def record(self: Guard, accelerator: Accelerator, optimizer: Any, *others: Any) -> None:
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        clipped.append(torch.nn.utils.get_total_norm(gradients).item())
+        step(self, accelerator, optimizer, *others)
 
-    monkeypatch.setattr(FiniteGuard, "step", record)
+    monkeypatch.setattr(Guard, "step", record)
     for name, options in (("one", ONE_BY_SIXTEEN), ("four", FOUR_BY_FOUR)):
         assert run_train(tmp_path / name, *options, "--grad_clip", "0.25") == 0
     np.testing.assert_allclose(grad_norms(tmp_path / "four"), grad_norms(tmp_path / "one"), atol=1e-5, rtol=0)
@@ -158,10 +161,11 @@ def test_an_update_that_is_not_finite_changes_no_bit(
 
 def test_ten_bad_updates_in_a_row_end_the_run(run_train: Train, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     poison(monkeypatch, range(4, 100), "gradient")
-    assert run_train(tmp_path, "--max_iters", "50", *EVERY_STEP) == 2
+    assert run_train(tmp_path, "--max_iters", "50", *EVERY_STEP) == 6
     assert capsys.readouterr().err == (
-        "error: the loss or its gradient was not finite for 10 updates in a row, none of which touched the weights: "
-        "the run has diverged; go on from the last checkpoint with a lower --lr\n"
+        "error: the loss or its gradient was not finite for 10 updates in a row: the run has diverged; "
+        f"{tmp_path / 'diverged_step_13.json'} says at which samples and layers; go on from the last checkpoint with a lower "
+        "--lr, or with --on_spike rollback\n"
     )
     assert newest(tmp_path).name == "checkpoint_00000012"
     assert problem_with(newest(tmp_path)) is None
@@ -304,7 +308,7 @@ def test_samples_are_drawn_as_told(run_train: Train, tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_speak_costs_a_line(run_train: Train, tmp_path: Path, capsys: Capture) -> None:
-    assert run_train(tmp_path, "--max_iters", "3", "--sample_interval", "1", "--init_std", "3e38") == 0
+    assert run_train(tmp_path, "--max_iters", "3", "--sample_interval", "1", "--init_std", "3e38") == 6
     assert "No sample at iteration 2: the model's logits are not finite" in capsys.readouterr().out
     assert not (tmp_path / "samples.jsonl").exists() or (tmp_path / "samples.jsonl").read_text() == ""
 

@@ -496,7 +496,8 @@ def test_anything_else_is_refused_until_overwrite(prep: Callable[..., Result], t
     assert (other.code, other.err) == (2, f"error: -o {out}: already holds another dataset (other val){advice}")
     (out / "train.bin").write_bytes((out / "train.bin").read_bytes()[:-1])
     damaged = prep(path, "-o", out)
-    assert damaged.err == f"error: -o {out}: already holds another dataset (other sizes of its own files){advice}"
+    other_bytes = "other bytes than were written: it is damaged"
+    assert damaged.err == f"error: -o {out}: already holds another dataset ({other_bytes}){advice}"
     path.write_text(path.read_text().replace("Story", "STORY"))  # the same size
     assert prep(path, "-o", out).code == 2
     assert prep(path, "-o", out, "--overwrite").code == 0

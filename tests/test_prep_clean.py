@@ -192,7 +192,7 @@ def test_books_on_the_command_line(prep: Prep, tmp_path: Path) -> None:  # noqa:
 @pytest.mark.parametrize(
     ("text", "web", "code"),
     [
-        ("a\r\nb\rc\x0bd\x0ce\x85f\u2028g\u2029h", "a\nb\nc\nd\ne\nf\ng\nh", "a\nb\nc\nd\ne\nf\ng\nh"),
+        ("a\r\nb\rc\x0bd\x0ce\x85f\u2028g\u2029h", "a\nb\nc\nd\ne\nf\ng\nh", "a\nb\nc\x0bd\x0ce\x85f\u2028g\u2029h"),
         ("cafe\u0301", "caf\u00e9", "cafe\u0301"),
         ("so\u00adft ze\u200bro\ufeff w\u2060j", "soft zero wj", "so\u00adft ze\u200bro\ufeff w\u2060j"),
         ("a\u00a0b\u2009c\u202fd", "a b c d", "a\u00a0b\u2009c\u202fd"),
@@ -244,9 +244,67 @@ def test_unwrap() -> None:
     assert found[1:4] == [verse, table, indented]
     assert unwrap(prose) == prose, "a line of more than a hundred characters was not wrapped"
     assert unwrap(lines.replace(" ", "-")).count("- ") == 0
-    whole, _ = Cleaning("gutenberg", unwrap=True).texts(FRAMES["modern"][0] + book(1, 5) + FRAMES["modern"][1])
-    assert whole[0].split() == book(1, 5).split()
-    assert whole[0].count("\n") < book(1, 5).count("\n") / 2
+    whole, _ = Cleaning("gutenberg", unwrap=True).texts(FRAMES["modern"][0] + book(1, 40) + FRAMES["modern"][1])
+    assert whole[0].split() == book(1, 40).split()
+    assert whole[0].count("\n") < book(1, 40).count("\n") / 2
+
+
+VERSES = [
+    "Shall I walk with thee through fields of May?\nThe road is longer than it was before:\n"
+    "And we have little left of all of this day,\nBut what is left of it is a little more;",
+    "I followed once the river as it ran and ran\nTo where the hills are high, and all around\n"
+    "I heard a crow, and then another black crow",
+]
+
+
+@pytest.mark.parametrize("verse", VERSES)
+def test_verse_of_even_lines_is_not_joined(verse: str) -> None:
+    assert Cleaning("gutenberg", unwrap=True).texts(verse) == ([verse], None)
+    prose = verse[0] + verse[1:].lower()
+    assert Cleaning("gutenberg", unwrap=True).texts(prose)[0] == [prose.replace("\n", " ")], "it is the capitals that tell"
+
+
+SENTENCES = [
+    "Produced by the labour of many hands, the wall of the city rose day by day.",
+    "Transcribed by the clerk of the court, the words of the prisoner fill forty pages.",
+    "Prepared by years of study, she set out.",
+    "Illustrations of the original manuscript hung on every wall.",
+    "Transcriber's note of hand was found in the drawer, and nobody could read it.",
+]
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_sentences_that_begin_like_a_credit_stay(sentence: str) -> None:
+    before, after = FRAMES["modern"]
+    text = f"{sentence}\n\n{book(4)}\n\n{sentence}\n\nIt was over."
+    assert Cleaning("gutenberg").texts(before + text + after)[0] == [text]
+
+
+def test_a_text_without_a_mark_keeps_all_of_its_paragraphs() -> None:
+    text = "\n\n".join(
+        ["Produced by Jane Typist", "Transcriber's Note: a play", book(5, 20), "TRANSCRIBER'S NOTES\n\nThe end."]
+    )
+    assert Cleaning("gutenberg").texts(text) == ([text], None)
+    before, after = FRAMES["modern"]
+    assert len(Cleaning("gutenberg").texts(before + text + after)[0][0]) < len(text) - 60, "the mark makes them credits"
+
+
+LITERALS = [
+    "s = '\u2028'\nt = '\x0c' + '\x0b' + '\x85'",
+    's = """a  \n\n\n\n\n  b\t\n"""',
+    "cat <<END\n  a  \n\n\n\n\nEND\necho  ",
+    'let s = "say \\"hello  \n  world";',
+    "x = `a  \n${b}  \n`",
+    "t = [[ a  \n b  \n]]",
+]
+
+
+@pytest.mark.parametrize("code", LITERALS)
+def test_code_keeps_its_literals(code: str) -> None:
+    assert clean_code(code) == code
+    around = f"\n\na = 1  \n\n\n\n\n{code}\n"
+    assert clean_code(around).startswith(f"a = 1\n\n\n{code.rstrip()}"), "and what is around it is cleaned"
+    assert clean_code(clean_code(around)) == clean_code(around)
 
 
 # --------------------------------------------------------------------------------------------------------------- filters

@@ -78,7 +78,7 @@ def workers_of(pid: int) -> list[int]:
     return [child for child in children_of(pid) if is_worker(child)]
 
 
-def until(what: Callable[[], object], process: subprocess.Popen[str], seconds: float = 20) -> None:
+def until(what: Callable[[], object], process: subprocess.Popen[str], seconds: float = 60) -> None:
     """Wait until something is the case, while ``process`` runs."""
     end = time.monotonic() + seconds
     while not what() and process.poll() is None:

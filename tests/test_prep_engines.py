@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
+import itertools
 import random
 import sysconfig
 import warnings
@@ -92,8 +93,16 @@ def giga(tokenizer: BpeTokenizer, tmp_path_factory: pytest.TempPathFactory) -> G
     return GigatokenEngine(tokenizer, folder)
 
 
+_references: dict[str, tiktoken.Encoding] = {}
+
+
 def expected(tokenizer: BpeTokenizer, text: str) -> list[int]:
-    return tokenizer.encoding.encode_ordinary(text)
+    """What tiktoken gives, with the pattern as OpenAI spells it."""
+    if tokenizer.fingerprint not in _references:
+        _references[tokenizer.fingerprint] = tiktoken.Encoding(
+            "reference", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.ranks, special_tokens=tokenizer.specials
+        )
+    return _references[tokenizer.fingerprint].encode_ordinary(text)
 
 
 # ------------------------------------------------------------------------------------------------------------ same ids
@@ -406,9 +415,12 @@ def test_saved_ranks_load_again(tmp_path: Path, learned: dict[bytes, int]) -> No
 
 
 @needs_gigatoken
-def test_giving_memory_back_changes_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, text = any_engine(), "Don't we all, 12345 of us?  中文 é"
-    monkeypatch.setattr(engines, "_RENEWED_AFTER", 100)
+@pytest.mark.parametrize(("limit", "sees_its_size"), [("_KEPT", True), ("_RENEWED_AFTER", False)])
+def test_giving_memory_back_changes_no_id(monkeypatch: pytest.MonkeyPatch, limit: str, sees_its_size: bool) -> None:
+    engine, text, sizes = any_engine(), "Don't we all, 12345 of us?  中文 é", itertools.count(1000, 60)
+    monkeypatch.setattr(engines, limit, 100)
+    monkeypatch.setattr(engines, "_LOOKED_AFTER", 0)
+    monkeypatch.setattr(engines, "memory_in_use", lambda: next(sizes) if sees_its_size else 0)
     engine._renew()
     renewed = 0
     for _ in range(20):
@@ -416,3 +428,10 @@ def test_giving_memory_back_changes_no_id(monkeypatch: pytest.MonkeyPatch) -> No
         assert engine.encode(text.encode()).tolist() == expected(engine.tokenizer, text)
         renewed += engine._encode is not before
     assert 5 <= renewed <= 10
+
+
+def test_a_process_knows_its_size() -> None:
+    before = engines.memory_in_use()
+    kept = bytearray(b"x" * 50_000_000)
+    assert engines.memory_in_use() >= before + 40_000_000 or not before
+    del kept

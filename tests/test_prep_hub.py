@@ -48,7 +48,7 @@ def test_splits_of_a_saved_dataset(prep: Prep, tmp_path: Path, datasets: Any) ->
     assert trained_on(prep, tmp_path, tmp_path / "saved") == stories(9)
     assert trained_on(prep, tmp_path, f"hf:{tmp_path}/saved::test") == stories(9, 1)
     assert trained_on(prep, tmp_path, tmp_path / "saved" / "test") == stories(9, 1)
-    result = prep(f"hf:{tmp_path}/saved::dev", "-o", tmp_path / "out")
+    result = prep(f"hf:{tmp_path}/saved::dev", "-o", tmp_path / "other")
     assert result.err.startswith(f"error: {tmp_path}/saved: no split 'dev'; name one of train, test")
 
 
@@ -168,4 +168,7 @@ def test_what_was_fetched_for_another_request_is_not_taken(prep: Prep, tmp_path:
     result = prep(f"hf:{folder}", "-o", tmp_path / "out", "--stream", "--val", "0")
     assert result.code == 2
     assert result.err.startswith(f"error: {spool}/")
-    assert "delete it, or ask for the same again" in result.err
+    assert "ask for the same again, or add --fresh to lose it" in result.err
+    result = prep(f"hf:{folder}", "-o", tmp_path / "out", "--stream", "--val", "0", "--fresh")
+    assert result.code == 0, result.err
+    assert documents_of(tmp_path / "out", TRAIN) == stories(30) + stories(30, seed=1)

@@ -53,6 +53,33 @@ def slurm(index: int, count: int) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------- Slurm
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"ID": 7, "COUNT": 3, "MIN": 1, "MAX": 7, "STEP": 1},  # --array=1,4,7
+        {"ID": 4, "COUNT": 3, "MIN": 1, "MAX": 7, "STEP": 1},
+        {"ID": 0, "COUNT": 0, "MIN": 0, "MAX": 0, "STEP": 0},
+        {"ID": 6, "COUNT": 3, "MIN": 5, "MAX": 9, "STEP": 2},
+        {"ID": 12, "COUNT": 3},
+    ],
+)
+def test_an_array_with_gaps_is_refused(numbers: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="is not in an unbroken array"):
+        array_task({f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in numbers.items()})
+    whole = {"ID": 7, "COUNT": 3, "MIN": 3, "MAX": 7, "STEP": 2}
+    assert array_task({f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in whole.items()}) == ArrayTask(2, 3)
+
+
+def test_a_task_behind_the_last_step_does_nothing(corpus: Path, expected: Path, tmp_path: Path) -> None:
+    words = words_for(corpus, tmp_path / "out", "--workers", 1)
+    assert run(words).returncode == 0
+    late = run([*words, "--runner", "slurm"], **slurm(1, 3))
+    assert late.returncode == 0, late.stderr
+    assert "nothing to do" in late.stdout
+    assert_same_files(tmp_path / "out", expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 def test_an_array_of_tasks_and_a_last_step(corpus: Path, expected: Path, tmp_path: Path) -> None:
     words = words_for(corpus, tmp_path / "out", "--runner", "slurm", "--workers", 1)
     tasks = [

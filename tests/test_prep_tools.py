@@ -637,9 +637,25 @@ def test_describe_what_others_wrote(run: Callable[..., Result], tmp_path: Path) 
             ("train", 50, "every document ends with id 256"),
             ("val", 9, "every document ends with id 256"),
         ]
-    bare = run(describe, tmp_path / "nanogpt" / "train.bin")
-    assert "no tokenizer: add --tokenizer NAME" in bare.out
-    assert "tokens in ? documents" in bare.out
+    bare = tmp_path / "nanogpt" / "train.bin"
+    for gone, tokenizer, documents in [
+        (None, "tokenizer bytes, 257 ids", "50"),
+        (folder, "no tokenizer: add --tokenizer NAME", "50"),
+        (tmp_path / "nanogpt" / "export.json", "no tokenizer: add --tokenizer NAME", "?"),
+    ]:
+        if gone is not None:
+            gone.rename(tmp_path / f"gone-{gone.name}")
+        result = run(describe, bare)
+        assert result.out.startswith(f"{bare}: {tokenizer}\n")
+        assert f"tokens in {documents} documents" in result.out
+
+
+def test_describe_draws_into_no_dataset(run: Callable[..., Result], tmp_path: Path) -> None:
+    folder = make(tmp_path / "data", texts(5))
+    result = run(describe, folder, "--png", folder / "x.png")
+    assert result.code == 2
+    assert "would lie in a dataset, in which prep.tokenize wants nothing else" in result.err
+    assert not (folder / "x.png").exists()
 
 
 @pytest.mark.parametrize(

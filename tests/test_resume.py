@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.running import TINY, Train, assert_same_bits, losses, newest, rows, run_processes
+from tests.running import TINY, Train, assert_same_bits, losses, newest, reseal, rows, run_processes
 
 PARTS = ("--checkpoint_interval", "5", "--dropout", "0.1", "--gradient_accumulation_steps", "2", "--max_iters", "10")
 
@@ -47,13 +47,6 @@ def test_control_a_run_that_loses_its_position_ends_elsewhere(run_train: Train, 
         assert_same_bits(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
 
 
-def reseal(checkpoint: Path) -> None:
-    from accel_pretrain.checkpoint import _seal
-
-    (checkpoint / "manifest.json").unlink()
-    _seal(checkpoint)
-
-
 def test_two_processes_resume_to_the_same_bits(dataset: Path, tmp_path: Path) -> None:
     arguments = [*TINY, *PARTS, "--train_data_path", str(dataset)]
     for run in ("whole", "parts"):
@@ -81,7 +74,7 @@ def test_other_processes_and_micro_batches_continue_the_same_curve(run_train: Tr
 
 def test_a_changed_global_batch_repeats_and_skips_nothing(run_train: Train, tmp_path: Path) -> None:
     assert run_train(tmp_path, "--max_iters", "5", "--batch_size", "4") == 0
-    assert run_train(tmp_path, "--max_iters", "8", "--batch_size", "6") == 0
+    assert run_train(tmp_path, "--max_iters", "8", "--batch_size", "6", "--allow_batch_change", "true") == 0
     state = json.loads((newest(tmp_path) / "trainer_state.json").read_text())
     assert (state["step"], state["samples"], state["tokens"]) == (8, 5 * 4 + 3 * 6, (5 * 4 + 3 * 6) * 32)
 
@@ -119,6 +112,9 @@ def test_resuming_from_a_path_without_a_config_takes_that_runs_own(run_train: Tr
     [
         (("--d_model", "64"), "model.d_model: checkpoint_00000003 has 32, this config says 64"),
         (("--seed", "1"), "training.seed: checkpoint_00000003 has 42, this config says 1"),
+        (("--optimizer.name", "sgd"), "optimizer.name: checkpoint_00000003 has adamw, this config says sgd"),
+        (("--batch_size", "6"), "checkpoint_00000003 has 4 sequences per update, this is 6; type --global_batch_size 4"),
+        (("--d_model", "64", "--seed", "1"), "3 problems:"),
         (("--sampling", "random"), "data.sampling: checkpoint_00000003 has shuffle, this config says random"),
         (("--resume_from", "never"), "already holds checkpoint_00000003; type --resume_from auto to go on with it"),
         (("--resume_from", "nowhere"), "nowhere does not exist or is not a checkpoint folder"),
@@ -170,7 +166,7 @@ def test_going_back_takes_best_back_too(run_train: Train, tmp_path: Path) -> Non
 
 def test_epochs_and_tokens_count_what_a_smaller_batch_has_done(run_train: Train, tmp_path: Path) -> None:
     assert run_train(tmp_path, "--max_tokens", str(10 * 4 * 32)) == 0
-    assert run_train(tmp_path, "--max_tokens", str(20 * 4 * 32), "--batch_size", "8") == 0
+    assert run_train(tmp_path, "--max_tokens", str(20 * 4 * 32), "--batch_size", "8", "--allow_batch_change", "true") == 0
     state = json.loads((newest(tmp_path) / "trainer_state.json").read_text())
     assert (state["step"], state["tokens"]) == (15, 20 * 4 * 32)
 

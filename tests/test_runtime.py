@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from accel_pretrain import runtime
-from accel_pretrain.checkpoint import problem_with
+from accel_pretrain.commit import problem_with
 from accel_pretrain.errors import CheckpointError, ConfigError
 from accel_pretrain.runtime import (
-    StopSignal,
     TrainingConfig,
     _threads,
     all_agree,
@@ -125,78 +123,6 @@ def test_dropout_is_a_function_of_the_update_and_of_the_micro_batch() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- stopping
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_remembered_and_the_handlers_are_put_back(number: signal.Signals, code: int) -> None:
-    before = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert not stop.agreed()
-        assert stop.exit_code == 0
-        os.kill(os.getpid(), number)
-        assert stop.agreed()
-        assert stop.exit_code == code
-    assert signal.getsignal(number) == before
-
-
-class Left(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("second", "seconds_later", "leaves"),
-    [(signal.SIGINT, 0.0, False), (signal.SIGINT, 2.0, True), (signal.SIGTERM, 2.0, False)],
-)
-def test_only_a_later_second_interrupt_leaves_at_once(
-    monkeypatch: pytest.MonkeyPatch, second: signal.Signals, seconds_later: float, leaves: bool
-) -> None:
-    def leave(code: int) -> None:
-        raise Left(code)
-
-    monkeypatch.setattr(os, "_exit", leave)
-    stop = StopSignal()
-    stop._handle(signal.SIGINT, None)
-    stop._since -= seconds_later
-    try:
-        stop._handle(second, None)
-        left = False
-    except Left as code:
-        left = code.args == (130,)
-    assert left == leaves
-    assert stop.signal == signal.SIGINT
-
-
-@pytest.fixture
-def two_processes(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As seen from one of them; ``dist.all_reduce`` is left to the test."""
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "new_group", lambda **_: None)
-    return monkeypatch
-
-
-def test_a_signal_that_arrives_while_the_processes_agree_is_not_lost(two_processes: pytest.MonkeyPatch) -> None:
-    stop = StopSignal()
-    two_processes.setattr(dist, "all_reduce", lambda flag, **_: stop._handle(signal.SIGTERM, None))
-    assert not stop.agreed()  # the others do not know of it yet: this process must not stop alone
-    two_processes.setattr(dist, "all_reduce", lambda flag, **_: None)
-    assert stop.agreed()
-    assert stop.exit_code == 143
-
-
-def test_a_signal_to_another_process_stops_this_one(two_processes: pytest.MonkeyPatch) -> None:
-    stop = StopSignal()
-    two_processes.setattr(dist, "all_reduce", lambda flag, **_: flag.fill_(signal.SIGTERM))
-    assert stop.agreed()
-    assert stop.exit_code == 143
-
-
-def test_an_elastic_launcher_is_not_told_of_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop = StopSignal()
-    stop._handle(signal.SIGTERM, None)
-    assert stop.exit_code == 143
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert stop.exit_code == 0
 
 
 def test_ctrl_c_that_also_ends_the_reader_of_the_output_still_saves(dataset: Path, tmp_path: Path) -> None:

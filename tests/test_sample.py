@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from accel_pretrain.checkpoint import TrainState, publish, write_model_description
+from accel_pretrain.checkpoint import TrainState, write_model_description
 from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.publish import publish
 from accel_pretrain.sample import RULE, decode_stream, main
 from accel_pretrain.tokenizer import ByteTokenizer
 from tests.running import refused

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from accel_pretrain.checkpoint import _seal
 from accel_pretrain.config import RunConfig
 from accel_pretrain.schedule import Cosine
 from accel_pretrain.train import main
 from accel_pretrain.typed_yaml import leaves, load, parse_command_line
-from tests.running import newest, rows
+from tests.running import newest, reseal, rows
 
 BASIC = r"""
 python -m cs336_basics.training_together \
@@ -241,9 +241,12 @@ def test_the_resume_command_goes_on_where_the_checkpoint_ends(at_home: Path, cap
 def as_if_trained_for(steps: int, run_dir: Path) -> None:
     checkpoint = newest(run_dir).rename(run_dir / f"checkpoint_{steps:08d}")
     state = checkpoint / "trainer_state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": steps}))
-    (checkpoint / "manifest.json").unlink()
-    _seal(checkpoint)
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": steps, "optimizer_updates": steps}))
+    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    for moments in optimizer["state"].values():
+        moments["step"].fill_(steps)
+    torch.save(optimizer, checkpoint / "optimizer.bin")
+    reseal(checkpoint)
 
 
 def test_the_resume_command_names_the_checkpoints_that_there_are(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

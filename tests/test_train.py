@@ -64,7 +64,15 @@ def test_what_a_run_records(run_train: Train, tmp_path: Path) -> None:
     found = [(row["step"], row["tokens"], set(row) - {"step", "time", "tokens"}) for row in rows(tmp_path)]
     assert found == [(2, 256, TRAINING), (2, 256, EVALUATION), (3, 384, EVALUATION | FINAL)]
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "latest", "best", "checkpoint_00000002", "checkpoint_00000003"}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "latest",
+        "best",
+        "status.json",
+        "checkpoint_00000002",
+        "checkpoint_00000003",
+    }
     recorded = load(RunConfig, tmp_path / "config.yaml")
     assert (recorded.training.max_iters, recorded.model.d_model, recorded.optimizer.lr) == (3, 32, 3e-3)
     assert load(RunConfig, newest(tmp_path) / "config.yaml") == recorded

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from accel_pretrain.checkpoint import WEIGHTS, read_model_config, read_tokenizer, resolve
+from accel_pretrain.checkpoint import WEIGHTS, read_model_config, read_tokenizer
+from accel_pretrain.commit import resolve
 from accel_pretrain.errors import CheckpointError, ConfigError, refuse
 from accel_pretrain.files import sync_folder
 from accel_pretrain.hf.convert import read_theirs, theirs_shape

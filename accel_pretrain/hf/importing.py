@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from accel_pretrain.checkpoint import WEIGHTS, CheckpointConfig, publish_weights, write_model_description
+from accel_pretrain.checkpoint import WEIGHTS, CheckpointConfig, write_model_description
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import CheckpointError, ConfigError, refuse
 from accel_pretrain.hf.convert import Shapes, links_by_ours, read_ours
@@ -23,6 +23,7 @@ from accel_pretrain.hf.tokenizers import read_hf_tokenizer
 from accel_pretrain.hf.verify import compare_with_transformers, has_transformers
 from accel_pretrain.hf.weight_files import TensorEntry, WeightFiles, open_weights, write_safetensors
 from accel_pretrain.models import ModelConfig
+from accel_pretrain.publish import publish_weights
 from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import option, to_yaml
 

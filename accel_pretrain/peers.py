@@ -1,0 +1,62 @@
+"""The processes of a run as one of their threads sees them: what each has to say, and failures that are everybody's.
+
+:func:`accel_pretrain.runtime.together` does the same on Accelerate's process group. A checkpoint that is written in the
+background may not use that one, in which the training's own messages are under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from accel_pretrain.errors import PretrainError
+
+
+class Peers:
+    """This process among the others. Every method is collective, except for one process alone.
+
+    ``own_group``: talk in a process group of the CPU that is made for this object, so that a thread can. Making it is
+    collective too.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, own_group: bool = False) -> None:
+        self.rank, self.count = accelerator.process_index, accelerator.num_processes
+        self.is_main = self.rank == 0
+        self._group = dist.new_group(backend="gloo") if own_group and self.count > 1 else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value, by rank; it must be picklable."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    @contextlib.contextmanager
+    def together(self, error: type[PretrainError], what: str) -> Iterator[None]:
+        """Run a block on every process; if it fails anywhere, ``error`` is raised everywhere, with the first one's reason.
+
+        A :class:`PretrainError` of the block's own, such as of a run that diverged, is raised as it is where it happened.
+        """
+        caught: Exception | None = None
+        try:
+            yield
+        except Exception as problem:  # torch and safetensors have no common error for a full disk
+            caught = problem
+        reasons = self.gather(None if caught is None else reason_of(caught))
+        if isinstance(caught, PretrainError):
+            raise caught
+        if failed := [rank for rank, reason in enumerate(reasons) if reason is not None]:
+            who = f" (rank {failed[0]})" if self.count > 1 else ""
+            raise error(f"{what}: {reasons[failed[0]]}{who}") from caught
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error has to say."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,121 @@
+"""What surrounds a run from its first line to its last: a directory of its own, signals, hangs, the status, the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from accel_pretrain import lock
+from accel_pretrain.errors import ConfigError, LockedError, PeerError, exit_code_of
+from accel_pretrain.runtime import together
+from accel_pretrain.status import STATUS, RunStatus, record_failure
+from accel_pretrain.stopping import StopSignal, requeue
+from accel_pretrain.trackers import RunLog
+from accel_pretrain.watchdog import HANG, Watchdog
+
+LOCK = ".lock"
+TEARDOWN, PATIENT_TEARDOWN = 10.0, 60.0  # seconds for what is left when all that matters is saved
+
+
+@dataclass
+class Session:
+    """One process of one run. Made without arguments it attends to nothing, for benchmarks and tests."""
+
+    stop: StopSignal = field(default_factory=StopSignal)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    status: RunStatus = field(default_factory=RunStatus)
+
+    def close(self, log: RunLog) -> None:
+        """Let the trackers finish, but not wait long for them when a launcher is about to kill what it has asked to stop."""
+        self.watchdog.end_soon(self.stop.exit_code, TEARDOWN if self.stop.signal is not None else PATIENT_TEARDOWN)
+        log.close()
+
+    def end(self, requeued: bool | None) -> str | None:
+        """Record that the run came to its end, or was asked to stop before; the line to print if it was to be ``requeued``."""
+        self.watchdog.end_soon(self.stop.exit_code, PATIENT_TEARDOWN)
+        if self.stop.signal is None:
+            self.status.end("finished", 0)
+            return None
+        self.status.end("interrupted", self.stop.own_code, self.stop.reason)
+        return requeue(self.stop, requeued)
+
+
+@contextlib.contextmanager
+def watched(accelerator: Accelerator, run_dir: Path, hang_timeout: float | None) -> Iterator[Watchdog]:
+    """A watchdog for this process. However the block ends, what Accelerate still has to do then cannot hang for long."""
+    with Watchdog(run_dir, accelerator.process_index, hang_timeout) as watchdog:
+        try:
+            yield watchdog
+        finally:
+            if (error := sys.exception()) is not None:
+                watchdog.end_soon(exit_code_of(error), TEARDOWN, str(error))
+            accelerator.end_training()
+
+
+@contextlib.contextmanager
+def session(accelerator: Accelerator, run_dir: Path, watchdog: Watchdog) -> Iterator[Session]:
+    """Hold the run directory, keep its ``status.json``, and remember signals. Collective: a refusal is everybody's."""
+    main = accelerator.is_main_process
+    # Signals last: a launcher that ends what is left of a failed run must not cut off the record of why.
+    with StopSignal() as stop, _held(accelerator, run_dir, watchdog), RunStatus(run_dir if main else None) as status:
+        stop.leaving = lambda code: status.end("interrupted", code, "left at once, without saving")
+        watchdog.tell = lambda reason: record_failure(run_dir, HANG, reason)
+        try:
+            yield Session(stop, watchdog, status)
+        except RuntimeError as error:
+            if accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                first = str(error).strip().splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+                raise PeerError(
+                    f"another process of this run has ended or does not answer ({first}); "
+                    "its own message comes first; the same command goes on from the last checkpoint"
+                ) from None
+            raise
+
+
+@contextlib.contextmanager
+def _held(accelerator: Accelerator, run_dir: Path, watchdog: Watchdog) -> Iterator[None]:
+    """The main process holds the directory's lock in the block; a directory that got nothing is gone afterwards."""
+    file, new = None, False
+    with together(accelerator, LockedError):
+        if accelerator.is_main_process:
+            new = not run_dir.exists()
+            file = _lock(run_dir)
+    if file is None:
+        yield
+        return
+    descriptor = file.fileno()
+    watchdog.alive = lambda: os.utime(descriptor)  # a sign of life for other machines
+    try:
+        yield
+    finally:
+        watchdog.alive = lambda: None
+        (run_dir / LOCK).unlink(missing_ok=True)
+        if new and sys.exception() is not None and set(os.listdir(run_dir)) <= {STATUS}:
+            shutil.rmtree(run_dir)
+        file.close()
+
+
+def _lock(run_dir: Path) -> IO[str]:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return lock.take(run_dir / LOCK)
+    except lock.Taken as taken:
+        when = f"worked in it less than {lock.SILENCE} s ago" if taken.seen else "works in it"
+        raise LockedError(
+            f"checkpoint.checkpoint_dir: {run_dir} is in use: {taken.owner} {when}; "
+            "wait for it, end it, or type another --checkpoint_dir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"checkpoint.checkpoint_dir: cannot write to {os.path.abspath(run_dir)} ({error.strerror}); "
+            "type --checkpoint_dir DIR"
+        ) from None
