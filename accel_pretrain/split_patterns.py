@@ -43,3 +43,8 @@ _QUICK = {
 def quick_spelling(pattern: str) -> str:
     """A pattern that splits every text as ``pattern`` does, sooner where it is one of those above."""
     return _QUICK.get(pattern, pattern)
+
+
+def has_quick_spelling(pattern: str) -> bool:
+    """Whether ``pattern`` is one of those above."""
+    return pattern in _QUICK

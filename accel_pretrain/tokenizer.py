@@ -26,7 +26,7 @@ import numpy as np
 
 from accel_pretrain.errors import DataError
 from accel_pretrain.split_patterns import GPT2_PATTERN as GPT2_PATTERN
-from accel_pretrain.split_patterns import quick_spelling
+from accel_pretrain.split_patterns import has_quick_spelling, quick_spelling
 from accel_pretrain.token_text import byte_alphabet as byte_alphabet
 from accel_pretrain.token_text import decode_token, decoder_steps, first_id, never_found
 
@@ -118,6 +118,8 @@ class BpeTokenizer(Tokenizer):
         self.eot_id = self.specials[eot]
         self.vocab_size = 1 + max(max(self.ranks.values()), *self.specials.values())
         self.fingerprint = _fingerprint(self.ranks, pattern, self.specials, eot)
+        if not has_quick_spelling(pattern):
+            _ = self.encoding  # a pattern from elsewhere, that tiktoken may not be able to read: ValueError
 
     @functools.cached_property
     def encoding(self) -> tiktoken.Encoding:

@@ -43,10 +43,8 @@ _BLANK_LINES = {count: re.compile(f"\n{{{count + 2},}}") for count in (1, 2)}
 
 def normalise(text: str) -> str:
     """One form for each thing that Unicode can say in several; see the docstring of this module."""
-    text = _line_ends(text)
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", _SPACES.sub(" ", text))
-    return _INVISIBLE.sub("", text)
+    text = _INVISIBLE.sub("", _line_ends(text))  # before NFC: what stood beside them now stands side by side
+    return text if text.isascii() else unicodedata.normalize("NFC", _SPACES.sub(" ", text))
 
 
 def clean_web(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prep.clean import Cleaning, Filters, clean_code, clean_web, normalise, report_lines, summary_of, unwrap
@@ -223,6 +223,7 @@ SPECIAL = [*"a \t\n\r\x0b\x0c\x85\u2028\u00a0\u3000\u00ad\u200b\ufeff\u0301\u110
 
 @settings(deadline=None)
 @given(st.lists(st.one_of(st.sampled_from(SPECIAL), st.characters(exclude_categories=["Cs"])), max_size=30).map("".join))
+@example("a\x1f\u0301")  # what is left out must not keep apart what Unicode joins
 def test_cleaning_twice_is_cleaning_once(text: str) -> None:
     for clean in (clean_web, clean_code, normalise):
         once = clean(text)

@@ -273,7 +273,7 @@ RESTORE = textwrap.dedent("""
     accelerator = Accelerator(cpu=True)
     module = torch.nn.Linear(8, 8)
     _, optimizer = accelerator.prepare(module, torch.optim.AdamW(module.parameters()))
-    print("Processes:", accelerator.num_processes, flush=True)
+    Path(f"{__file__}.{accelerator.process_index}").write_text(f"{accelerator.num_processes} processes")
     restore(accelerator, optimizer, Path(sys.argv[1 + accelerator.process_index]))
     print("restored")
 """)
@@ -289,7 +289,7 @@ def test_processes_that_loaded_different_weights_are_found_out(tmp_path: Path) -
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     words += [str(first.save(1)), str(second.save(1))]
     done = subprocess.run(words, env=environment(), cwd=REPO, capture_output=True, text=True, timeout=120)
-    assert done.stdout.count("Processes: 2") == 2, done.stderr
+    assert [Path(f"{script}.{rank}").read_text() for rank in (0, 1)] == ["2 processes"] * 2, done.stderr
     assert "restored" not in done.stdout
     assert done.returncode != 0
     assert "the processes have loaded different weights" in done.stderr
