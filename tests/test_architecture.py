@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     ("errors", "files"),
     ("typed_yaml", "manifest", "token_formats", "shards", "mixture", "token_text", "tokenizer", "permutation", "schedule"),
-    ("models", "loss", "optim", "data"),
+    ("models", "loss", "optim", "data", "estimates", "hardware", "cluster", "probe"),
     ("runtime", "metrics", "trackers", "checkpoint", "generate", "validation"),
-    ("config",),
+    ("config", "outlook", "lint_settings", "lint_run", "lint"),
     ("loop", "harness"),
     ("train", "evaluate", "sample", "plan", "doctor", "hf", "plot", "report"),
 )
