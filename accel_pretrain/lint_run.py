@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from dataclasses import replace
 
@@ -45,9 +46,11 @@ def data(o: Outlook) -> Findings:
         text = f"model.vocab_size {o.plan.vocab_size:,}: the data has only ids below {max(known, largest + 1):,}"
         yield Finding("vocab_unused", text, f"type --vocab_size {64 * -(-max(known, largest + 1) // 64)}")
     for split, name in ((train, "training"), (val, "validation")):
-        if split.documents and split.tokens / split.documents < T / 16:
-            text = f"model.context_length {T}: a document of the {name} data has {split.tokens / split.documents:.0f} tokens on average"
-            yield Finding("context_long", text, f"type --context_length {max(64, T // 8)}", serious=False)
+        length = split.tokens / split.documents if split.documents else T
+        if length < T / 16:
+            text = f"model.context_length {T}: a document of the {name} data has {length:.0f} tokens on average"
+            fitting = max(64, 2 ** math.ceil(math.log2(8 * length)))
+            yield Finding("context_long", text, f"type --context_length {fitting}", serious=False)
             break
     yield from validation(o, val)
 

@@ -188,11 +188,13 @@ def amounts(o: Outlook) -> Findings:
     best = critical_batch(o.plan.parameters, o.tokens)
     if per_update > 4 * best:
         text = f"training: {per_update:,} tokens per update, where more than about {best:,.0f} hardly save updates"
-        fewer = max(1, round(best / o.config.model.context_length))
+        least = o.plan.batch_size * o.plan.world_size
+        fewer = least * max(1, round(best / o.config.model.context_length / least))
         yield Finding("batch_huge", text, f"type --global_batch_size {fewer}", serious=False)
     if per_update < 2048:
         text = f"training: {per_update:,} tokens per update are noise, and leave the device idle"
-        yield Finding("batch_tiny", text, f"type --global_batch_size {max(1, 32_768 // o.config.model.context_length)}")
+        sequences, least = max(1, 32_768 // o.config.model.context_length), o.plan.batch_size * o.plan.world_size
+        yield Finding("batch_tiny", text, f"type --global_batch_size {least * -(-sequences // least)}")
     if ratio < 2:
         text = (
             f"training: {ratio:.2g} tokens per parameter, where 20 cost least for a loss (Chinchilla): a smaller model would be "

@@ -145,7 +145,7 @@ def unknown_splits(config: RunConfig) -> Splits:
         raise ConfigError("model.vocab_size: the data is not here to say; type --vocab_size N, or --train_data_path DIR")
     if config.training.epochs is not None:
         raise ConfigError("training.epochs: the data is not here to say how many updates that is; type --max_iters N")
-    endless = np.broadcast_to(np.zeros(1, dtype=np.uint16), (1 << 50,))
+    endless = np.broadcast_to(np.zeros(1, dtype=np.uint16), (1 << 40,))
     split = TokenSplit(source="unknown", files=(endless,), max_id=vocab_size - 1, fingerprint="unknown")
     return Splits(split, split)
 

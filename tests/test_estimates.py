@@ -57,6 +57,9 @@ SHAPES = {
 }  # fmt: skip
 
 
+SHORT = dataclasses.replace(BASE, context_length=16)
+
+
 def shape(name: str) -> ModelConfig:
     return dataclasses.replace(BASE, **SHAPES[name])
 
@@ -177,8 +180,9 @@ def peak_of_allocator(load: Workload) -> int:
         ({"batch_size": 8, "precision": "bf16"}, "the loss"),
         ({"batch_size": 4, "accumulation": 2, "model": shape("gpt2 with dropout")}, "the loss"),
         ({"batch_size": 4, "model": shape("modern")}, "the loss"),
-        ({"batch_size": 1, "vocab_size": 20_000}, "the end of the backward pass"),
-        ({"batch_size": 1, "vocab_size": 20_000, "precision": "bf16"}, "the end of the backward pass"),
+        ({"batch_size": 1, "vocab_size": 20_000}, "the loss"),
+        ({"batch_size": 1, "vocab_size": 20_000, "model": SHORT}, "the end of the backward pass"),
+        ({"batch_size": 1, "vocab_size": 20_000, "model": SHORT, "precision": "bf16"}, "the end of the backward pass"),
         ({"batch_size": 1, "vocab_size": 20_000, "model": shape("gpt2"), "accumulation": 2}, "the end of the backward pass"),
     ],
 )
@@ -197,7 +201,8 @@ def test_control_the_peak_without_logits_would_be_noticed():
 
 def test_shards_and_buckets():
     def total(**words: object) -> dict[str, int]:
-        return memory(Workload(model=BASE, vocab_size=VOCAB, batch_size=1, **words)).parts  # type: ignore[arg-type]
+        deep = dataclasses.replace(BASE, num_layers=8)
+        return memory(Workload(model=deep, vocab_size=VOCAB, batch_size=1, **words)).parts  # type: ignore[arg-type]
 
     alone, ddp = total(), total(world_size=4)
     assert ddp["gradients"] >= alone["gradients"]  # the buckets stay, and new gradients come beside them
