@@ -10,8 +10,8 @@ The model, per device and update, with n devices, P parameters, c bytes per acti
 
 (Ring algorithms: Patarasuk & Yuan 2009; ZeRO: Rajbhandari et al. 2020, section 7; gradients once per update, by ``no_sync``.)
 A message also costs a latency per hop of a tree. The slowest link on the way counts: within one node the link, else the
-network. Each of the constants below is an assumption that stands here and nowhere else. ``python -m benchmarks.plan --processes``
-compares with measured runs of 1, 2 and 4 processes over gloo.
+network. Each of the constants below is an assumption that stands here and nowhere else. ``python -m benchmarks.plan
+--processes`` compares with measured runs of 1, 2 and 4 processes over gloo.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EAGER_SHARE = 1 / 1.85  # of the compiled speed: nanoGPT's README, 250 against 1
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one update on one device, and bytes that it sends. ``seconds`` is the sum of compute, exposed and optimizer."""
+    """Seconds of one update on one device, and bytes that it sends. ``exposed`` is what of the communication shows."""
 
     compute: float
     communication: float
@@ -99,7 +99,7 @@ def step_time(load: Workload, machine: Machine, micro_step: float, optimizer: fl
         gather = sent["weights (all-gather)"] / (2 * load.accumulation) / rate + layers * hops / 2
         scatter = sent["gradients (reduce-scatter)"] / rate + layers * hops / 2
         forward, backward = (1 - BACKWARD_SHARE) * micro_step, BACKWARD_SHARE * micro_step
-        first = (gather + scatter) / (layers + 1)  # the first block's weights and the last one's gradients: nothing to hide behind
+        first = (gather + scatter) / (layers + 1)  # nothing hides the first block's weights and the last one's gradients
         exposed = load.accumulation * (max(0.0, gather - forward) + max(0.0, gather - backward)) + first
         exposed += max(0.0, scatter - max(0.0, backward - gather))
         total = load.accumulation * 2 * gather + scatter
@@ -108,9 +108,7 @@ def step_time(load: Workload, machine: Machine, micro_step: float, optimizer: fl
     reduce = sent["gradients (all-reduce)"] / rate + buckets * hops
     exposed = max(reduce / buckets, reduce - BACKWARD_SHARE * micro_step)
     spread = sent.get("weights (broadcast)", 0) / rate
-    return StepTime(
-        compute=compute, communication=reduce + spread, exposed=exposed + spread, optimizer=optimizer, sent=sent
-    )
+    return StepTime(compute=compute, communication=reduce + spread, exposed=exposed + spread, optimizer=optimizer, sent=sent)
 
 
 def bandwidth(machine: Machine, world_size: int) -> float | None:
@@ -119,4 +117,3 @@ def bandwidth(machine: Machine, world_size: int) -> float | None:
     if world_size > machine.per_node:
         nominal = None if machine.network is None or nominal is None else min(nominal, machine.network)
     return None if nominal is None else LINK_SHARE * nominal
-

@@ -243,12 +243,10 @@ def memory(load: Workload) -> Memory:
     head = N * (load.vocab_size * (FP32 if load.width == FP32 else FP32 + load.width) + 2 * load.model.d_model * load.width)
     again = output if early else 0  # a new gradient is made beside the one that it is added to,
     again += 2 * output if load.model.tie_embeddings else 0  # and that of a tied matrix is the sum of two
+    forward = {"weight copies": copies, "activations": kept}
     moments = [
-        Memory("the loss", {**standing, "gradients": early, "weight copies": copies, "activations": kept, "logits": logits(load)}),
-        Memory(
-            "the gradient of the output",
-            {**standing, "gradients": early + output, "weight copies": copies, "activations": kept, "logits": head},
-        ),
+        Memory("the loss", {**standing, "gradients": early, **forward, "logits": logits(load)}),
+        Memory("the gradient of the output", {**standing, "gradients": early + output, **forward, "logits": head}),
         Memory("the end of the backward pass", {**standing, "gradients": gradients + again}),
     ]
     return max(moments, key=lambda moment: moment.total)

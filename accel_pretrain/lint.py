@@ -1,4 +1,4 @@
-"""Everything that is legal and probably not meant, each with what to type: one list, for the plan and for the first lines of a run.
+"""Everything that is legal and probably not meant, each with what to type: one list, for the plan and for ``train``.
 
 What cannot be run at all is refused elsewhere, in :func:`accel_pretrain.config.make_plan` and in the config's own classes.
 """

@@ -24,14 +24,15 @@ def data(o: Outlook) -> Findings:
     if o.splits is None or o.passes is None:
         return
     train, val, T = o.splits.train, o.splits.val, o.config.model.context_length
+    source = " (Muennighoff et al. 2023)"
     if o.passes > MANY_PASSES and o.flops > WORTH_PLANNING:
-        text = f"training: {o.passes:.0f} passes over the data; beyond {MANY_PASSES} another teaches nothing (Muennighoff et al. 2023)"
+        text = f"training: {o.passes:.0f} passes over the data; beyond {MANY_PASSES} another teaches nothing{source}"
         yield Finding("passes_useless", text, f"type --epochs {FEW_PASSES}, or bring more data")
     elif o.passes > FEW_PASSES and o.flops > WORTH_PLANNING:
-        text = f"training: {o.passes:.1f} passes over the data; up to {FEW_PASSES} are as good as new data (Muennighoff et al. 2023)"
+        text = f"training: {o.passes:.1f} passes over the data; up to {FEW_PASSES} are as good as new data{source}"
         yield Finding("passes_many", text, f"type --epochs {FEW_PASSES}, or bring more data", serious=False)
     if o.config.model.dropout > 0 and o.passes <= 1:
-        text = f"model.dropout {o.config.model.dropout:g} with {o.passes:.2f} passes: nothing is seen twice, so it only slows learning"
+        text = f"model.dropout {o.config.model.dropout:g} with {o.passes:.2f} passes: it only slows learning"
         yield Finding("dropout_one_pass", text, "type --dropout 0")
     if o.config.data.sampling == "random" and o.passes > 0.5:
         text = "data.sampling random leaves out a third of the windows in each pass, and repeats others"
@@ -115,8 +116,9 @@ def device(o: Outlook) -> Findings:
         if value % 8:
             text = f"model.{key} {value} is not a multiple of 8: tensor cores do without it"
             yield Finding("width_odd", text, f"type --{key} {64 * -(-value // 64)}")
-    if load.accumulation > 1 and load.tokens < 4096 and o.memory_needed < 0.15 * (machine.memory or 0):
-        text = f"training.batch_size {load.batch_size} uses {o.memory_needed / (machine.memory or 1):.0%} of the memory, in {load.accumulation} micro-steps"
+    used = o.memory_needed / (machine.memory or 1)
+    if load.accumulation > 1 and load.tokens < 4096 and used < 0.15:
+        text = f"training.batch_size {load.batch_size} uses {used:.0%} of the memory, in {load.accumulation} micro-steps"
         times = next(k for k in (16, 8, 4, 2, load.accumulation) if load.accumulation % k == 0)
         keep = "" if o.config.training.global_batch_size else f" --gradient_accumulation_steps {load.accumulation // times}"
         yield Finding("batch_could_grow", text, f"type --batch_size {load.batch_size * times}{keep}", serious=False)
@@ -146,8 +148,8 @@ def smaller(o: Outlook, free: int) -> str:
     for size in sorted({k for k in range(1, o.load.batch_size) if o.load.batch_size % k == 0}, reverse=True):
         times = o.load.batch_size // size
         if memory(replace(o.load, batch_size=size, accumulation=o.load.accumulation * times)).total <= room:
-            keep = "" if o.config.training.global_batch_size else f" --gradient_accumulation_steps {o.load.accumulation * times}"
-            return f"type --batch_size {size}{keep}"
+            steps = f" --gradient_accumulation_steps {o.load.accumulation * times}"
+            return f"type --batch_size {size}{'' if o.config.training.global_batch_size else steps}"
     return "type --strategy fsdp2 with more --world_size, or a smaller --d_model and --num_layers"
 
 

@@ -1,7 +1,7 @@
 """Settings that are legal and probably not meant: the rules that need nothing but the config and the plan.
 
-Every rule is a function that yields :class:`Finding`\\ s; ``kind`` names the mistake, ``fix`` is what to type. Bounds are wide on
-purpose: what a published recipe does is never a finding.
+Every rule is a function that yields findings; ``kind`` names the mistake, ``fix`` is what to type. Bounds are wide on purpose:
+what a published recipe does is never a finding.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def shape(o: Outlook) -> Findings:
     first, nothing_known = first_loss(model, o.plan.vocab_size), math.log(o.plan.vocab_size)
     if model.tie_embeddings and first > nothing_known + model.d_model * model.init_std**2 / 2 + 2:
         text = (
-            "model: tied and scaled embeddings make a new model predict the token that it has just read: its first loss will be "
-            f"about {first:.1f}, not {nothing_known:.1f}"
+            "model: tied and scaled embeddings make a new model predict the token that it has just read: its first loss will "
+            f"be about {first:.1f}, not {nothing_known:.1f}"
         )
         yield Finding("tied_and_scaled", text, "type --sandwich_norm true")
     if model.norm_eps > 1e-3 or model.norm_eps < 1e-12:
@@ -197,8 +197,8 @@ def amounts(o: Outlook) -> Findings:
         yield Finding("batch_tiny", text, f"type --global_batch_size {least * -(-sequences // least)}")
     if ratio < 2:
         text = (
-            f"training: {ratio:.2g} tokens per parameter, where 20 cost least for a loss (Chinchilla): a smaller model would be "
-            "better at the same cost"
+            f"training: {ratio:.2g} tokens per parameter, where 20 cost least for a loss (Chinchilla): a smaller model would "
+            "be better at the same cost"
         )
         updates = max(1, 20 * o.plan.parameters // per_update)
         yield Finding("tokens_few", text, f"type --max_iters {updates}, or a smaller --d_model and --num_layers")

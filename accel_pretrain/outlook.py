@@ -1,4 +1,4 @@
-"""What a run will be, as far as it can be known before it starts: :class:`Outlook`, which the plan prints and the lint reads."""
+"""What a run will be, as far as it can be known before it starts: :class:`Outlook`. The plan prints it, the lint reads it."""
 
 from __future__ import annotations
 
@@ -199,13 +199,22 @@ def with_model_of(outlook: Outlook, machine: Machine) -> Outlook:
         return replace(outlook, pace_missing=f"no published figure for {machine.name} {why}; type --tokens_per_sec N")
     parts = step_time(load, machine, micro, optimizer)
     if parts is None:
-        return replace(outlook, pace_missing=f"the links between machines with {machine.name} are not known; type --tokens_per_sec N")
+        missing = f"the links between machines with {machine.name} are not known; type --network BYTES_PER_SECOND"
+        return replace(outlook, pace_missing=missing)
     return replace(outlook, pace=Pace(parts.seconds, f"a model of {machine.name}, see accel_pretrain/cluster.py", parts))
 
 
 def split_overlap(splits: Splits) -> bool:
-    """Whether training and validation read the same tokens."""
-    return splits.train.fingerprint == splits.val.fingerprint
+    """Whether training and validation read the same file somewhere."""
+    return bool(set(map(_place, splits.train.files)) & set(map(_place, splits.val.files)))
+
+
+def _place(ids: np.ndarray) -> object:
+    """Which file an array was mapped from, or else which array it is."""
+    base: object = ids
+    while base is not None and not isinstance(base, np.memmap):
+        base = getattr(base, "base", None)
+    return id(ids) if base is None else (str(base.filename), base.offset)
 
 
 def groups(load: Workload) -> dict[str, tuple[int, int]]:
@@ -218,4 +227,3 @@ def groups(load: Workload) -> dict[str, tuple[int, int]]:
         "norms": (counts["norms"], 0),
         "output": (counts["output"], flops["output"]),
     }
-

@@ -1,8 +1,9 @@
 """What a run will be, before it costs anything: ``python -m accel_pretrain.plan --config C.yaml [overrides]``.
 
-Parameters, operations, memory against what is free, disk, how often the data is read, what loss to expect first, time and cost; and
-every setting that is legal and probably not meant, each with what to type. It takes the keys of ``accel_pretrain.train``, works
-without the data if ``--vocab_size`` is given, and plans for machines that are not here: ``--world_size 512 --hardware h100``.
+Parameters, operations, memory against what is free, disk, how often the data is read, what loss to expect first, time and cost;
+and every setting that is legal and probably not meant, each with what to type. It takes the keys of ``accel_pretrain.train``,
+works without the data if ``--vocab_size`` is given, and plans for machines that are not here: ``--world_size 512 --hardware
+h100``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from accel_pretrain.estimates import seen_positions
 from accel_pretrain.hardware import HARDWARE, Machine, here
 from accel_pretrain.lint import findings
 from accel_pretrain.lint_settings import Finding
+from accel_pretrain.mixture import are_there
 from accel_pretrain.outlook import (
     CHINCHILLA,
     Outlook,
@@ -115,9 +116,7 @@ def plan_run(config: PlannedRun) -> Outlook:
     """Everything that can be known of a run; the probe, if it is wanted, takes about a second."""
     options = config.plan
     machine = machine_for(config)
-    outlook = look_ahead(
-        config, splits_of(config), world_size=options.world_size, machine=machine, strategy=options.strategy
-    )
+    outlook = look_ahead(config, splits_of(config), world_size=options.world_size, machine=machine, strategy=options.strategy)
     if options.tokens_per_sec is not None:
         return with_tokens_per_sec(outlook, options.tokens_per_sec)
     if options.hardware is not None:
@@ -143,8 +142,7 @@ def machine_for(config: PlannedRun) -> Machine:
 def splits_of(config: RunConfig) -> Splits | None:
     """The data, or None where it is not here and the config says enough without."""
     given = config.data.train_data_path
-    missing = given is None or (isinstance(given, Path) and not given.exists() and not list(Path().glob(str(given).lstrip("/"))))
-    if config.model.vocab_size is not None and missing:
+    if config.model.vocab_size is not None and (given is None or not are_there(given)):
         return None
     return None if given is None else open_splits(config.data)
 
@@ -153,9 +151,7 @@ def probed(outlook: Outlook, config: PlannedRun) -> Outlook:
     """With the pace that a second of real updates has on this machine."""
     machine, load_ = outlook.machine, outlook.load
     assert machine is not None
-    speed = probe(
-        load_, config.optimizer, machine.torch_device, seconds=config.plan.probe_seconds, free=machine.memory
-    )
+    speed = probe(load_, config.optimizer, machine.torch_device, seconds=config.plan.probe_seconds, free=machine.memory)
     if isinstance(speed, str):
         return replace(outlook, pace_missing=f"no probe: {speed}; type --tokens_per_sec N or --hardware h100")
     parts = step_time(load_, machine, speed.micro_step, speed.optimizer)
@@ -187,7 +183,8 @@ def _row(name: str, text: str) -> str:
 def _model(o: Outlook) -> list[str]:
     """Parameters and operations, by group."""
     plan, model = o.plan, o.config.model
-    rows = [_row("Parameters", f"{plan.parameters:>16,}        {_si(plan.flops_per_token)}FLOP per token, forward and backward")]
+    operations = f"{_si(plan.flops_per_token):>10}FLOP per token, forward and backward"
+    rows = [_row("Parameters", f"{plan.parameters:>16,}        {operations}")]
     for name, (count, flops) in groups(o.load).items():
         if count or flops:
             share = f"{count / plan.parameters:6.1%} {_si(flops):>10}FLOP" if flops else f"{count / plan.parameters:6.1%}"
@@ -199,7 +196,7 @@ def _model(o: Outlook) -> list[str]:
 
 def _amounts(o: Outlook) -> list[str]:
     """Tokens, passes, and the first loss."""
-    plan = o.plan
+    plan, best = o.plan, critical_batch(o.plan.parameters, o.tokens)
     rows = [
         _row(
             "Updates",
@@ -207,15 +204,17 @@ def _amounts(o: Outlook) -> list[str]:
             f"micro-steps x {plan.world_size} processes), {plan.warmup_iters:,} of them warm-up",
         ),
         _row("Tokens", f"{_si(o.tokens)}; {_number(o.tokens_per_parameter)} per parameter (least compute: {CHINCHILLA})"),
-        _row("Compute", f"{o.flops:.2e} FLOP; beyond about {_si(critical_batch(plan.parameters, o.tokens))} tokens per update little is gained"),
+        _row("Compute", f"{o.flops:.2e} FLOP; beyond about {_si(best)}tokens per update little is gained"),
     ]
     if o.splits is None:
         rows.append(_row("Data", f"not here; vocabulary of {plan.vocab_size:,}"))
     else:
-        rows.append(_row("Data", f"{plan.train_tokens:,} tokens, read {plan.epochs:.3g} times; vocabulary of {plan.vocab_size:,}"))
+        read = f"{plan.train_tokens:,} tokens, read {plan.epochs:.3g} times"
+        rows.append(_row("Data", f"{read}; vocabulary of {plan.vocab_size:,}"))
         rows += [_row("  mixture", part) for part in plan.mixture]
     loss = first_loss(o.config.model, plan.vocab_size)
-    rows.append(_row("First loss", f"about {loss:.2f} (ln V = {math.log(plan.vocab_size):.2f}, the rest is the spread of new logits)"))
+    known = math.log(plan.vocab_size)
+    rows.append(_row("First loss", f"about {loss:.2f} (ln V = {known:.2f}, the rest is the spread of new logits)"))
     if (windows := o.eval_windows) is not None and (share := o.eval_share) is not None:
         rows.append(_row("Evaluation", f"{windows:,} windows of each split, about {share:.1%} of the time"))
     return rows
@@ -252,18 +251,24 @@ def _time(o: Outlook) -> list[str]:
         rows.append(
             _row(
                 "  of which",
-                f"{_duration(parts.compute)} computing, {_duration(parts.optimizer)} optimizer, {_duration(parts.exposed)} waiting "
-                f"for others (of {_duration(parts.communication)} talking): {parts.efficiency:.0%} of the speed of single devices",
+                f"{_duration(parts.compute)} computing, {_duration(parts.optimizer)} optimizer, {_duration(parts.exposed)} "
+                f"waiting for others (of {_duration(parts.communication)} talking): {parts.efficiency:.0%} of what single "
+                "devices do",
             )
         )
     evaluating = (o.eval_share or 0.0) * o.hours
     note = "" if o.eval_share is None else f", and {_duration(3600 * evaluating)} of evaluations"
     rows.append(_row("Time", f"{_duration(3600 * o.hours)} of updates{note}"))
-    price = getattr(getattr(o.config, "plan", None), "price_per_hour", None)
-    if price is not None:
+    if (cost := cost_of(o)) is not None:
         hours = (o.hours + evaluating) * o.plan.world_size
-        rows.append(_row("Cost", f"{price * hours:,.2f} for {hours:,.1f} device hours at {price:g}"))
+        rows.append(_row("Cost", f"{cost:,.2f} for {hours:,.1f} device hours"))
     return rows
+
+
+def cost_of(o: Outlook) -> float | None:
+    """Price of all devices for updates and evaluations; None without a price or a pace."""
+    price = o.config.plan.price_per_hour if isinstance(o.config, PlannedRun) else None
+    return None if price is None or o.hours is None else price * o.hours * (1 + (o.eval_share or 0)) * o.plan.world_size
 
 
 def _si(number: float) -> str:
@@ -299,7 +304,6 @@ def as_json(o: Outlook, found: list[Finding]) -> dict[str, Any]:
     """The same, as one object; what is not known is null. Sizes in bytes, times in seconds."""
     pace, model = o.pace, o.config.model
     parts = pace.parts if pace else None
-    price = getattr(getattr(o.config, "plan", None), "price_per_hour", None)
     return {
         "parameters": {"total": o.plan.parameters, **{name: count for name, (count, _) in groups(o.load).items()}},
         "flops_per_token": {"total": o.plan.flops_per_token, **{name: flops for name, (_, flops) in groups(o.load).items()}},
@@ -321,7 +325,7 @@ def as_json(o: Outlook, found: list[Finding]) -> dict[str, Any]:
             "sent": parts.sent if parts else None, "exposed": parts.exposed if parts else None,
             "communication": parts.communication if parts else None,
             "bandwidth": bandwidth(o.machine, o.plan.world_size) if o.machine and o.plan.world_size > 1 else None,
-            "cost": None if price is None or o.hours is None else price * o.hours * (1 + (o.eval_share or 0)) * o.plan.world_size,
+            "cost": cost_of(o),
         },
         "findings": [
             {"kind": finding.kind, "serious": finding.serious, "text": finding.text, "fix": finding.fix} for finding in found

@@ -1,6 +1,6 @@
 """How fast this machine trains a given model: a second or so of real updates, timed.
 
-The real model runs on made-up tokens: forward, backward, clipping, optimizer, as :func:`accel_pretrain.loop.train_step` has them,
+The real model runs on made-up tokens: forward, backward, clipping, optimizer, as in :func:`accel_pretrain.loop.train_step`, but
 without data, processes or files. Where a whole micro-batch would take too long, fewer sequences and fewer blocks run, and their
 time is extended along a straight line: time is proportional to sequences, and each block takes as long as the next of its kind.
 """
@@ -18,6 +18,7 @@ from accel_pretrain.estimates import Workload, flops_per_token, memory
 from accel_pretrain.models import Transformer
 from accel_pretrain.optim import Optimizer
 
+Clock = Callable[[], float]
 _GEMM = 1024  # side of the square matrices whose product says how much will fit into the time
 _LEAST = 3  # timed rounds, even if they take longer than wished
 
@@ -37,15 +38,21 @@ class Speed:
 
 
 def probe(
-    load: Workload, optimizer: Optimizer, device: torch.device, *, seconds: float = 1.0, free: int | None = None
+    load: Workload,
+    optimizer: Optimizer,
+    device: torch.device,
+    *,
+    seconds: float = 1.0,
+    free: int | None = None,
+    clock: Clock = time.perf_counter,
 ) -> Speed | str:
     """Time ``load`` on ``device`` for about so many seconds, or say in a few words why that cannot be done.
 
-    ``free``: bytes that may be used; more than that is not tried.
+    ``free``: bytes that may be used; more than that is not tried. ``clock`` is another than the wall's on a crowded machine.
     """
     wanted = replace(load, accumulation=1, world_size=1, compiled=False)
     full = sum(flops_per_token(load.model, load.vocab_size).values()) * load.tokens
-    affordable = 0.25 * seconds * _gemm_rate(device, load.precision)
+    affordable = 0.25 * seconds * _gemm_rate(device, load.precision, clock)
     period = len(load.model.window_pattern) if load.model.sliding_window is not None else 1
     period = max(period, 2 if load.model.value_embeddings else 1)
     sequences = max(1, min(load.batch_size, round(load.batch_size * affordable / full)))
@@ -60,7 +67,7 @@ def probe(
         return f"even {depths[-1]} of {load.model.num_layers} layers on one sequence need {needed / 1e9:.1f} GB here"
     state = torch.random.get_rng_state()
     try:
-        found = [_measure(shape, optimizer, device, seconds / len(shapes)) for shape in shapes]
+        found = [_measure(shape, optimizer, device, seconds / len(shapes), clock) for shape in shapes]
     except torch.OutOfMemoryError:
         return "the device has too little memory"
     finally:
@@ -75,15 +82,17 @@ def probe(
     )  # fmt: skip
 
 
-def _gemm_rate(device: torch.device, precision: str) -> float:
+def _gemm_rate(device: torch.device, precision: str, clock: Clock) -> float:
     """FLOP/s of a product of two square matrices: how much to try, nothing else follows from it."""
     a = torch.ones(_GEMM, _GEMM, device=device, dtype=torch.float32 if precision == "no" else torch.bfloat16)
-    once = _timer(device, lambda: a @ a)
+    once = _timer(device, lambda: a @ a, clock)
     once()
     return 2 * _GEMM**3 / min(once() for _ in range(2))
 
 
-def _measure(load: Workload, optimizer: Optimizer, device: torch.device, seconds: float) -> tuple[float, float, int]:
+def _measure(
+    load: Workload, optimizer: Optimizer, device: torch.device, seconds: float, clock: Clock
+) -> tuple[float, float, int]:
     """Median seconds of a micro-step and of the rest of an update, and how many were timed."""
     with torch.device(device):
         model = Transformer(load.model, load.vocab_size).train()
@@ -102,7 +111,7 @@ def _measure(load: Workload, optimizer: Optimizer, device: torch.device, seconds
         built.step()
         built.zero_grad(set_to_none=True)
 
-    micro_timer, update_timer = _timer(device, micro_step), _timer(device, update)
+    micro_timer, update_timer = _timer(device, micro_step, clock), _timer(device, update, clock)
     micro_timer(), update_timer()  # the first makes the optimizer's state and loads kernels
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
@@ -111,7 +120,7 @@ def _measure(load: Workload, optimizer: Optimizer, device: torch.device, seconds
     return statistics.median(micro for micro, _ in times), statistics.median(rest for _, rest in times), len(times)
 
 
-def _timer(device: torch.device, work: Callable[[], object]) -> Callable[[], float]:
+def _timer(device: torch.device, work: Callable[[], object], clock: Clock) -> Callable[[], float]:
     """``work`` as a function that says how many seconds it took, until the device is done."""
 
     def wait() -> None:
@@ -122,9 +131,9 @@ def _timer(device: torch.device, work: Callable[[], object]) -> Callable[[], flo
 
     def timed() -> float:
         wait()
-        begin = time.perf_counter()
+        begin = clock()
         work()
         wait()
-        return time.perf_counter() - begin
+        return clock() - begin
 
     return timed

@@ -121,7 +121,7 @@ MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "words", "known"), MISTAKES, ids=[f"{number}-{kind}" for number, (kind, _, _) in enumerate(MISTAKES)])
+@pytest.mark.parametrize(("kind", "words", "known"), MISTAKES, ids=[f"{at}-{kind}" for at, (kind, _, _) in enumerate(MISTAKES)])
 def test_a_planted_mistake_is_found(kind: str, words: str, known: dict[str, Any]):
     found = {finding.kind: finding for finding in findings(outlook(words, **known))}
     assert kind in found
@@ -144,7 +144,8 @@ def test_what_is_typed_can_be_typed():
                 place = kept.index(key)
                 del kept[place : place + 2]
         if keys & {"--epochs", "--max_iters"}:
-            kept = [w for at, w in enumerate(kept) if w not in ("--max_iters", "--epochs") and kept[at - 1] not in ("--max_iters", "--epochs")]
+            ends = ("--max_iters", "--epochs")
+            kept = [word for at, word in enumerate(kept) if word not in ends and kept[at - 1] not in ends]
         assert kind not in kinds(outlook(" ".join([*kept, typed]), **known)), f"{kind}: {words} + {typed}"
 
 
@@ -174,7 +175,7 @@ def test_every_kind_is_planted():
 # ------------------------------------------------------------------------------------------------------- no false alarms
 
 
-def shipped(path: Path, machine: Machine | None, *, known: bool) -> Outlook:
+def shipped(path: Path, *, known: bool) -> Outlook:
     config = load(RunConfig, path)
     vocab_size = PUBLISHED_SIZES.get(path.stem, (config.model.vocab_size or 50_304, 0))[0]
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
@@ -182,21 +183,21 @@ def shipped(path: Path, machine: Machine | None, *, known: bool) -> Outlook:
     files = (np.broadcast_to(np.zeros(1, dtype=np.uint16), (tokens * (200 if path.stem == "tinystories" else 1),)),)
     train = dataclasses.replace(split(1000, largest=vocab_size - 1), files=files)
     val = split(150_000 if path.stem == "demo" else 10**6, largest=vocab_size - 1, print_="val")
-    found = look_ahead(config, Splits(train, val) if known else None, machine=machine, strategy="fsdp2", world_size=64 if machine else 1)
-    return dataclasses.replace(found, disk_free=10**12)
+    return dataclasses.replace(look_ahead(config, Splits(train, val) if known else None), disk_free=10**12)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_no_false_alarm_on_what_we_ship(path: Path):
-    assert [str(finding) for finding in findings(shipped(path, None, known=False))] == []
-    assert [str(finding) for finding in findings(shipped(path, None, known=True))] == []
+    assert [str(finding) for finding in findings(shipped(path, known=False))] == []
+    assert [str(finding) for finding in findings(shipped(path, known=True))] == []
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_no_false_alarm_on_the_machines_that_they_are_for(path: Path):
     config = load(RunConfig, path)
-    world = max(w for w in (1, 8, 16, 32, 64) if (config.training.global_batch_size or 64) % (config.training.batch_size * w) == 0)
-    base = shipped(path, None, known=False)
+    sequences, at_once = config.training.global_batch_size or 64, config.training.batch_size
+    world = max(size for size in (1, 8, 16, 32, 64) if sequences % (at_once * size) == 0)
+    base = shipped(path, known=False)
     large = base.plan.parameters > 2 * 10**9
     machine = ROOMY_GPU if large else GPU
     o = look_ahead(base.config, None, world_size=world, machine=machine, strategy="fsdp2" if large else "ddp")
@@ -204,7 +205,9 @@ def test_no_false_alarm_on_the_machines_that_they_are_for(path: Path):
 
 
 def test_the_first_lines_of_a_run_have_what_is_serious_and_count_the_rest():
-    config = load(RunConfig, None, parse_command_line(RunConfig, "--max_iters 99 --d_ff 256 --device cpu".split()).overrides)
+    config = load(
+        RunConfig, None, parse_command_line(RunConfig, ["--max_iters", "99", "--d_ff", "256", "--device", "cpu"]).overrides
+    )
     o = look_ahead(config, Splits(TRAIN, VAL))
     assert notices(config, o.plan, Splits(TRAIN, VAL), cpu=True) == [
         "logging.log_interval 100 is beyond the last update 99: no training metrics will be printed; type --log_interval 4",
