@@ -19,6 +19,7 @@ from accel_pretrain.config import Plan, RunConfig, Splits
 from accel_pretrain.data import TokenBatches, Windows
 from accel_pretrain.errors import PretrainError
 from accel_pretrain.generate import SamplingConfig, generate
+from accel_pretrain.hindsight import AFTER, compared
 from accel_pretrain.metrics import Stopwatch, peak_flops
 from accel_pretrain.models import Transformer
 from accel_pretrain.optim import set_lr
@@ -81,6 +82,8 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
         state.samples += plan.samples_per_step
         state.tokens += plan.tokens_per_step
         run.log.advance()
+        if state.step == AFTER and (line := compared(run.run_dir, tokens_per_sec(run, state), run.accelerator.device)):
+            run.log.line(line)
         if due(state.step, config.logging.log_interval):
             log_update(run, state, update)
         if state.step == plan.max_iters:
@@ -94,6 +97,11 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
                 saved = state.step
     finish(run, state, saved)
     return state
+
+
+def tokens_per_sec(run: TrainingRun, state: TrainState) -> float:
+    """Of all processes, since the last time that it was logged."""
+    return run.plan.tokens_per_step / run.watch.seconds_per_step(state.step)
 
 
 def due(step: int, every: int | None) -> bool:

@@ -23,7 +23,9 @@ from accel_pretrain.cluster import bandwidth, step_time
 from accel_pretrain.config import RunConfig, Splits, open_splits
 from accel_pretrain.errors import refuse, reported
 from accel_pretrain.estimates import seen_positions
+from accel_pretrain.files import write_whole
 from accel_pretrain.hardware import HARDWARE, Machine, here
+from accel_pretrain.hindsight import PLAN_FILE
 from accel_pretrain.lint import findings
 from accel_pretrain.lint_settings import Finding
 from accel_pretrain.mixture import are_there
@@ -47,6 +49,7 @@ usage: python -m accel_pretrain.plan --config FILE [--section.key VALUE | --key 
        python -m accel_pretrain.plan --config FILE --world_size 512 --hardware h100 --price_per_hour 2.5
 
   --json           print one JSON object instead of a table
+  --save           write that object into checkpoint_dir too: after 50 updates, training says how it compares
   --help           show this
 
 """
@@ -91,13 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     with reported():
         words = sys.argv[1:] if argv is None else argv
-        line = parse_command_line(PlannedRun, words, flags={"help", "json"}, short={"-h": "help"})
+        line = parse_command_line(PlannedRun, words, flags={"help", "json", "save"}, short={"-h": "help"})
         if "help" in line.flags:
             print(USAGE + reference(PlannedRun), end="")
             return 0
         outlook = plan_run(load_config(line))
         found = findings(outlook)
-        print(json.dumps(as_json(outlook, found), indent=2) if "json" in line.flags else as_text(outlook, found))
+        text = json.dumps(as_json(outlook, found), indent=2)
+        print(text if "json" in line.flags else as_text(outlook, found))
+        if "save" in line.flags:
+            folder = outlook.config.checkpoint.checkpoint_dir
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / PLAN_FILE, f"{text}\n".encode())
         return 0
     return 2
 

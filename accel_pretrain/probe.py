@@ -112,7 +112,7 @@ def _measure(
         built.zero_grad(set_to_none=True)
 
     micro_timer, update_timer = _timer(device, micro_step, clock), _timer(device, update, clock)
-    micro_timer(), update_timer()  # the first makes the optimizer's state and loads kernels
+    _ = micro_timer(), update_timer()  # the first makes the optimizer's state and loads kernels
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while len(times) < _LEAST or (time.perf_counter() < end and len(times) < 1000):

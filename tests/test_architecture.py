@@ -16,7 +16,7 @@ LEVELS = (
     ("errors", "files"),
     ("typed_yaml", "manifest", "token_formats", "shards", "mixture", "token_text", "tokenizer", "permutation", "schedule"),
     ("models", "loss", "optim", "data", "estimates", "hardware", "cluster", "probe"),
-    ("runtime", "metrics", "trackers", "checkpoint", "generate", "validation"),
+    ("runtime", "metrics", "trackers", "checkpoint", "generate", "validation", "hindsight"),
     ("config", "outlook", "lint_settings", "lint_run", "lint"),
     ("loop", "harness"),
     ("train", "evaluate", "sample", "plan", "doctor", "hf", "plot", "report"),

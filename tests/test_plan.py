@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from accel_pretrain import plan
+from accel_pretrain.hindsight import compared
 from accel_pretrain.train import main as train_main
 from tests.running import REPO, TINY, refused
 
@@ -142,3 +145,20 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]):
     out = printed(capsys, "--help")
     assert "usage: python -m accel_pretrain.plan" in out
     assert all(key in out for key in ("world_size: 1", "price_per_hour: null", "batch_size: 64"))
+
+
+def test_a_saved_plan_is_compared_with_the_run(capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path):
+    words = ["--train_data_path", str(dataset), *SMALL, "--checkpoint_dir", str(tmp_path / "run"), "--log_interval", "20"]
+    printed(capsys, *words, "--save")
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["parameters"]["total"] == 37_088
+    own = [word for word in words if word not in ("--probe_seconds", "0.05")]
+    assert train_main([*own, "--max_iters", "60"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Plan and run: "))
+    assert re.search(r"tokens/s planned, [\d,]+ so far \([+-]\d+%\); 0.00 GB of tensors planned, [\d.]+ at most", line)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"time": {"tokens_per_sec": "x"}, "memory": {"peak": 1}}'])
+def test_a_plan_that_cannot_be_read_is_no_plan(content: str | None, tmp_path: Path):
+    if content is not None:
+        (tmp_path / "plan.json").write_text(content)
+    assert compared(tmp_path, 1.0, torch.device("cpu")) is None
