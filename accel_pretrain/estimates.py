@@ -227,7 +227,8 @@ def memory(load: Workload) -> Memory:
 
     Three moments can be it: the loss (all activations and three times the logits), the output matrix's gradient (all
     activations, one gradient of the logits, and that matrix's), and the update (all gradients). Gradients exist throughout
-    where they are accumulated, and where DDP keeps its buckets; else they come as the activations go.
+    where they are accumulated, beside the buckets of DDP, which stand from the first update on; else they come as the
+    activations go.
     """
     shard = load.world_size if load.strategy == "fsdp2" else 1
     weights = FP32 * load.parameters
@@ -238,8 +239,9 @@ def memory(load: Workload) -> Memory:
     copies, kept, N = weight_copies(load), activations(load), load.tokens
     gradients, early = _gradients(load, weights)
     if load.strategy == "fsdp2" and load.world_size > 1:
-        unsharded = _gathered(load)
-        standing["gathered weights"], copies = unsharded, 0
+        standing["gathered weights"], copies = _gathered(load), 0
+    elif load.world_size > 1:
+        standing["buckets of DDP"] = weights
     head = N * (load.vocab_size * (FP32 if load.width == FP32 else FP32 + load.width) + 2 * load.model.d_model * load.width)
     again = output if early else 0  # a new gradient is made beside the one that it is added to,
     again += 2 * output if load.model.tie_embeddings else 0  # and that of a tied matrix is the sum of two
@@ -258,9 +260,8 @@ def _gradients(load: Workload, weights: int) -> tuple[int, int]:
         # no_sync keeps whole float32 gradients until the last micro-step reduces them to shards
         whole = weights if load.accumulation > 1 else _gathered(load) + math.ceil(weights / load.world_size)
         return whole, weights if load.accumulation > 1 else 0
-    if load.world_size > 1:
-        return weights, weights  # DDP: gradients are views into its buckets, which stay
-    return weights, weights if load.accumulation > 1 else 0
+    early = weights if load.accumulation > 1 else 0
+    return (0 if load.world_size > 1 else weights), early  # of DDP they move into its buckets, which stand anyway
 
 
 def _gathered(load: Workload) -> int:

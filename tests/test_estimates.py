@@ -205,7 +205,9 @@ def test_shards_and_buckets():
         return memory(Workload(model=deep, vocab_size=VOCAB, batch_size=1, **words)).parts  # type: ignore[arg-type]
 
     alone, ddp = total(), total(world_size=4)
-    assert ddp["gradients"] >= alone["gradients"]  # the buckets stay, and new gradients come beside them
+    assert ddp["buckets of DDP"] == alone["weights"]  # they stay, and gradients that are accumulated stand beside them
+    accumulated = total(world_size=4, accumulation=2)
+    assert accumulated["gradients"] == accumulated["buckets of DDP"]
     assert total(world_size=4, strategy="zero1")["optimizer"] == pytest.approx(alone["optimizer"] / 4, rel=1e-5)
     fsdp2 = total(world_size=4, strategy="fsdp2")
     assert fsdp2["weights"] == pytest.approx(alone["weights"] / 4, rel=1e-5)
