@@ -20,7 +20,7 @@ from accel_pretrain.runtime import resolve_precision
 from accel_pretrain.shards import TokenSplit
 
 CHINCHILLA = 20  # tokens per parameter at the least compute for a loss (Hoffmann et al. 2022, table 3)
-HEAP = 1.3  # of what PyTorch asks for on a CPU, glibc may hold: blocks below 32 MB come from a heap that has holes
+HEAP = 1.5  # of what PyTorch asks for on a CPU, glibc may hold (1.2 to 1.47 in benchmarks.plan): its heap has holes
 
 
 @dataclass(frozen=True)

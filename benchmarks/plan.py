@@ -9,7 +9,7 @@ and its peak memory is what the kernel counts for it (``VmHWM``, reset by ``/pro
 training a tiny model, by when all libraries and kernels are loaded. ``MALLOC_MMAP_THRESHOLD_`` is set for that one, so that
 glibc gives back what is freed: without it the heap keeps holes, whose size depends on the order of events. The third is the
 same without that variable: its time is compared, and its peak shows the holes ("heap", as a ratio to the prediction; the plan
-allows 1.3). ``--cpu_time`` takes the processor's time for both times instead of the wall's, which on one thread is the same on
+allows 1.5). ``--cpu_time`` takes the processor's time for both times instead of the wall's, which on one thread is the same on
 a quiet machine, and does not count what other programs do on a crowded one. Linux only.
 """
 
@@ -156,11 +156,11 @@ def run_process(command: list[str], **variables: str) -> dict:
     return json.loads(done.stdout[done.stdout.index("{") :])
 
 
-def one_process_each(threads: int, clock: list[str]) -> None:
+def one_process_each(threads: int, clock: list[str], only: str) -> None:
     print(f"{threads} threads, torch {torch.__version__}; MB and ms")
     print(f"{'':<24}{'memory':>8}{'measured':>10}{'error':>8}{'heap':>7}{'update':>11}{'measured':>10}{'error':>8}")
     errors: list[tuple[float, float]] = []
-    for name, words in CONFIGURATIONS.items():
+    for name, words in ((name, words) for name, words in CONFIGURATIONS.items() if only in name):
         common = [*words.split(), "--device", "cpu", "--cpu_threads", str(threads)]
         predicted = run_process(["-m", "benchmarks.plan", "--predict", *clock, *common])
         exact = run_process(["-m", "benchmarks.plan", "--train", "0", *common], MALLOC_MMAP_THRESHOLD_="65536")
@@ -206,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", action="store_true", help="1, 2 and 4 processes instead of twelve configurations")
     parser.add_argument("--threads", type=int, default=1, help="of every process")
+    parser.add_argument("--only", default="", help="the configurations with this in their name")
     parser.add_argument("--cpu_time", action="store_true", help="the processor's time instead of the wall's")
     parser.add_argument("--predict", action="store_true", help="plan what follows (for itself)")
     parser.add_argument("--train", type=float, default=None, help="train what follows for so many seconds (for itself)")
@@ -220,7 +221,7 @@ def main() -> None:
     elif options.processes:
         several_processes()
     else:
-        one_process_each(options.threads, ["--cpu_time"] if options.cpu_time else [])
+        one_process_each(options.threads, ["--cpu_time"] if options.cpu_time else [], options.only)
 
 
 if __name__ == "__main__":
