@@ -79,7 +79,6 @@ class Plan:
     samples_per_epoch: int
     epochs: float
     eval_windows: int | None
-    notices: tuple[str, ...]
     mixture: tuple[str, ...] = ()
 
     def describe(self) -> str:
@@ -87,10 +86,9 @@ class Plan:
         lines = [
             f"{key:<20} {value:,}" if isinstance(value, int) else f"{key:<20} {value}"
             for key, value in dataclasses.asdict(self).items()
-            if key not in ("notices", "mixture")
+            if key != "mixture"
         ]
-        lines += [f"mixture              {part}" for part in self.mixture]
-        return "\n".join([*lines, *(f"notice: {notice}" for notice in self.notices)])
+        return "\n".join([*lines, *(f"mixture              {part}" for part in self.mixture)])
 
 
 def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainState | None = None) -> Plan:
@@ -129,7 +127,6 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
         samples_per_epoch=windows.count,
         epochs=round(max_iters * samples_per_step / windows.count, 3),
         eval_windows=None if evaluation.eval_iters is None else evaluation.eval_iters * evaluation.eval_batch_size,
-        notices=tuple(_notices(config, max_iters)),
         mixture=tuple(_mixture(splits.train, model.context_length, max_iters * samples_per_step)),
     )
 
@@ -194,14 +191,3 @@ def _mixture(train: TokenSplit, context_length: int, samples: int) -> list[str]:
         passes = samples * weight / total / Windows(part, context_length).count
         lines.append(f"{weight / total:.2%} {part.source}: {part.tokens:,} tokens, read {passes:.2f} times")
     return lines
-
-
-def _notices(config: RunConfig, max_iters: int) -> list[str]:
-    """What is legal, and probably not meant."""
-    log, evaluate, save = config.logging.log_interval, config.evaluation.eval_interval, config.checkpoint.checkpoint_interval
-    found = []
-    if log > max_iters:
-        found.append(f"logging.log_interval {log} is beyond the last update {max_iters}: no training metrics will be printed")
-    if not log <= evaluate <= save:
-        found.append(f"usual is log_interval <= eval_interval <= checkpoint_interval; here they are {log}, {evaluate}, {save}")
-    return found

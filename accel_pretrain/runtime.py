@@ -146,6 +146,19 @@ def resolve_precision(training: TrainingConfig, cpu: bool) -> tuple[str, str]:
     return ("bf16" if capable else "no"), "device"
 
 
+def runtime_of(training: TrainingConfig) -> tuple[bool, int]:
+    """Whether a run with these settings uses the CPU of this machine, and how many threads it has there."""
+    return _use_cpu(training.device), _threads(training.cpu_threads)
+
+
+def wandb_knows_me() -> bool:
+    """Whether wandb will find a key, or was told to work offline."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE", "online") != "online":
+        return True
+    names = (".netrc", "_netrc")
+    return any("wandb" in path.read_text(errors="replace") for name in names if (path := Path.home() / name).is_file())
+
+
 def describe_runtime(accelerator: Accelerator, training: TrainingConfig) -> str:
     """One line: device, processes, precision and who chose it."""
     device = accelerator.device

@@ -32,6 +32,7 @@ from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
 from accel_pretrain.guard import Guard
+from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.run import TrainingRun
@@ -129,7 +130,8 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
         splits = open_splits(config.data)
         plan = make_plan(config, splits, accelerator.num_processes)
         if only_print:
-            say(f"{to_yaml(config)}\n# plan\n{plan.describe()}")
+            found = notices(config, plan, splits, cpu=accelerator.device.type == "cpu")
+            say("\n".join([f"{to_yaml(config)}\n# plan\n{plan.describe()}", *(f"notice: {notice}" for notice in found)]))
             return 0
         with session(accelerator, run_dir, watchdog) as around:
             run, state = assemble(config, plan, splits, accelerator, around)
@@ -306,7 +308,7 @@ def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None) -> No
     say(f"Max iterations: {plan.max_iters} ({plan.epochs:g} passes over the data)")
     for part in plan.mixture:
         say(f"Mixture: {part}")
-    for notice in plan.notices:
+    for notice in notices(run.config, plan, run.splits, cpu=run.accelerator.device.type == "cpu"):
         say(f"Notice: {notice}")
     say(RULE)
 

@@ -18,10 +18,10 @@ LEVELS = (
         *("yaml_files", "typed_values", "typed_keys", "typed_yaml", "manifest", "token_formats", "shards"),
         *("mixture", "split_patterns", "token_text", "tokenizer", "permutation", "schedule"),
     ),
-    ("models", "loss", "optim", "data"),
+    ("models", "loss", "optim", "data", "estimates", "hardware", "cluster", "probe"),
     ("runtime", "stopping", "watchdog", "session", "metrics", "trackers", "peers", "checkpoint", "publish", "saver", "guard"),
-    ("generate", "validation"),
-    ("config",),
+    ("generate", "validation", "hindsight"),
+    ("config", "outlook", "lint_settings", "lint_run", "lint"),
     ("run", "recovery", "loop", "harness", "proofs"),
     ("train", "evaluate", "sample", "plan", "doctor", "hf", "plot", "report"),
 )

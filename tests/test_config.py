@@ -107,22 +107,6 @@ def test_the_vocabulary_is_the_tokenizers_unless_a_larger_one_is_asked_for():
 def test_the_plan_can_be_read_by_people():
     shown = plan_of("--max_iters 1000 --eval_interval 50").describe()
     assert "tokens_per_step      16,384" in shown
-    assert "notice: usual is log_interval <= eval_interval <= checkpoint_interval; here they are 100, 50, 5000" in shown
-
-
-@pytest.mark.parametrize(
-    ("words", "notices"),
-    [
-        ("--max_iters 1000", []),
-        ("--max_iters 99", ["logging.log_interval 100 is beyond the last update 99: no training metrics will be printed"]),
-        (
-            "--eval_interval 6000",
-            ["usual is log_interval <= eval_interval <= checkpoint_interval; here they are 100, 6000, 5000"],
-        ),
-    ],
-)
-def test_what_is_legal_and_unusual_is_a_notice(words: str, notices: list[str]):
-    assert list(plan_of(words).notices) == notices
 
 
 def test_the_recorded_config_loads_back_equal_with_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
