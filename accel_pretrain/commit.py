@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from accel_pretrain.errors import CheckpointError, NoUsableCheckpointError
+from accel_pretrain.errors import CheckpointError, NoUsableCheckpointError, StorageError
 from accel_pretrain.files import sha256_of, sync_folder, write_whole
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
@@ -66,14 +66,17 @@ def hash_files(folder: Path, names: Iterable[str]) -> Files:
 def names_in(folder: Path) -> set[str]:
     """Every file beneath ``folder``, relative to it. :class:`CheckpointError` for what is neither a file nor a folder."""
     found: set[str] = set()
-    for parent, folders, files in os.walk(folder):
+    unlisted: list[OSError] = []
+    for parent, folders, files in os.walk(folder, onerror=unlisted.append):
         for name in (*folders, *files):
             path = Path(parent, name)
             kind = path.lstat().st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
                 raise CheckpointError(f"{path.relative_to(folder).as_posix()} is not a plain file")
         found |= {Path(parent, name).relative_to(folder).as_posix() for name in files}
-    return found
+    if unlisted:  # must not look as if it were not there
+        raise unlisted[0]
+    return {name for name in found if "/." not in f"/{name}"}  # .DS_Store, ._x, .nfs0001: the system's, and nothing loads them
 
 
 def seal(folder: Path, files: Files, facts: Mapping[str, Any] | None = None) -> None:
@@ -168,9 +171,8 @@ def _trash_of(final: Path) -> Path:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Folders that are named as checkpoints, newest first."""
-    if not run_dir.is_dir():
-        return []
-    named = [path for path in run_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    inside = run_dir.iterdir() if run_dir.is_dir() else ()
+    named = [path for path in inside if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(named, key=step_of, reverse=True)
 
 
@@ -197,7 +199,10 @@ def problem_with(checkpoint: Path, *, hashes: bool = True) -> str | None:
     except CheckpointError as error:
         return error.message
     except OSError as error:
-        return f"it cannot be read ({error.strerror or error})"
+        reason = f"cannot be read ({error.strerror or error})"
+        if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):  # the reader's, or the disk's
+            raise StorageError(f"{error.filename or checkpoint} {reason}; nothing was moved") from None
+        return f"it {reason}"
     return None
 
 
@@ -231,7 +236,7 @@ def find_newest(run_dir: Path, quarantine: bool = False) -> Path | None:
     for path in candidates:
         if (problem := problem_with(path)) is None:
             for damaged, why in bad:
-                place = f"moved to {_quarantine(damaged)}" if quarantine else "passed over"
+                place = f"moved to {_move_aside(damaged, run_dir / QUARANTINE / damaged.name)}" if quarantine else "passed over"
                 _log.warning("the checkpoint %s is damaged (%s) and was %s", damaged, why, place)
             if bad and quarantine:
                 _mend_pointers(run_dir)
@@ -243,11 +248,6 @@ def find_newest(run_dir: Path, quarantine: bool = False) -> Path | None:
             [f"no checkpoint in {run_dir} can be read", *problems, "to start afresh, type another --checkpoint_dir"]
         )
     return None
-
-
-def _quarantine(checkpoint: Path) -> Path:
-    """Move a damaged checkpoint where no reader looks for one; nothing ever deletes it."""
-    return _move_aside(checkpoint, checkpoint.parent / QUARANTINE / checkpoint.name)
 
 
 def _move_aside(path: Path, target: Path) -> Path:
@@ -275,10 +275,9 @@ def resolve(path: Path) -> Path:
         hint = f"; there are {', '.join(found[:5])}" if found else ""
         raise CheckpointError(f"{os.path.abspath(path)} does not exist or is not a checkpoint folder{hint}")
     if not _NAME.fullmatch(path.name) and not (path / MANIFEST).exists():
-        newest = find_newest(path)
-        if newest is None:
-            raise CheckpointError(f"{os.path.abspath(path)} holds no checkpoint")
-        return newest
+        if newest := find_newest(path):
+            return newest
+        raise CheckpointError(f"{os.path.abspath(path)} holds no checkpoint")
     if problem := problem_with(path):
         raise CheckpointError(f"{path} is damaged: {problem}")
     return path
@@ -296,7 +295,8 @@ def go_back(run_dir: Path, checkpoint: Path) -> list[Path]:
     existing = checkpoints(run_dir)
     if existing and checkpoint.resolve().parent != run_dir.resolve():
         raise CheckpointError(f"{run_dir} already holds {existing[0].name} of another run; type another --checkpoint_dir")
-    newer = [path for path in existing if step_of(path) > step_of(checkpoint)]
+    step = _recorded(checkpoint, "step") or 0  # its folder may have another name
+    newer = [path for path in existing if step_of(path) > step]
     for path in newer:
         _move_aside(path, path.with_name(f"set_aside_{path.name}"))
     if newer:
@@ -337,14 +337,14 @@ def _mend_pointers(run_dir: Path) -> None:
 
 def _best_name(run_dir: Path, now: str | None) -> str | None:
     """The oldest checkpoint that knows of the lowest loss that the newest one knows of: it was saved for that."""
-    known = [(path, _best_loss(path)) for path in checkpoints(run_dir)]
+    known = [(path, _recorded(path, "best_val_loss")) for path in checkpoints(run_dir)]
     lowest = [path for path, loss in reversed(known) if loss is not None and loss == known[0][1]]
     return next((path.name for path in lowest if path.name == now or problem_with(path) is None), None)
 
 
-def _best_loss(checkpoint: Path) -> float | None:
+def _recorded(checkpoint: Path, key: str) -> float | None:
     try:
-        loss = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("best_val_loss")
+        number = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get(key)
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    return loss if isinstance(loss, float) else None
+    return number if isinstance(number, int | float) else None

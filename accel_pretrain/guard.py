@@ -189,4 +189,5 @@ def _sigmas(value: float, past: list[float]) -> float:
     if value <= mean:
         return 0.0
     deviation = math.sqrt(math.fsum((other - mean) ** 2 for other in past) / (len(past) - 1))
-    return (value - mean) / deviation if deviation else math.inf
+    deviation = max(deviation, 1e-6 * abs(mean))  # where all are equal, the last bit of a number is no spike
+    return (value - mean) / deviation if deviation else 0.0

@@ -19,11 +19,11 @@ SILENCE = 60  # seconds without a sign of life after which the run of another ma
 
 
 class Taken(Exception):
-    """Another process has the lock. ``seen`` says that it is on another machine, and was alive less than SILENCE ago."""
+    """Another process has the lock; if on another machine, it was last ``seen`` then, ``left`` seconds short of SILENCE."""
 
-    def __init__(self, owner: str, *, seen: bool = False) -> None:
+    def __init__(self, owner: str, *, seen: float | None = None, left: float = 0.0) -> None:
         super().__init__(owner)
-        self.owner, self.seen = owner, seen
+        self.owner, self.seen, self.left = owner, seen, left
 
 
 def take(path: Path, shared: bool = False) -> IO[str]:
@@ -39,13 +39,13 @@ def take(path: Path, shared: bool = False) -> IO[str]:
         file.close()  # the run that had it has deleted it
         path.parent.mkdir(parents=True, exist_ok=True)
     owner, host = _owner_of(file), socket.gethostname()
-    if owner.get("host", host) != host and time.time() - os.fstat(file.fileno()).st_mtime < SILENCE:
+    left = SILENCE - (time.time() - (seen := os.fstat(file.fileno()).st_mtime))
+    if owner.get("host", host) != host and left > 0:
         file.close()
-        raise Taken(f"process {owner['pid']} on {owner['host']}", seen=True)
+        raise Taken(f"process {owner['pid']} on {owner['host']}", seen=seen, left=left)
     if not shared:
         file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": host}))
-        file.flush()
+        os.write(file.fileno(), json.dumps({"pid": os.getpid(), "host": host}).encode())
     return file
 
 
@@ -60,23 +60,25 @@ def _locked(file: IO[str], shared: bool) -> bool:
         import fcntl
     except ImportError:  # no POSIX: the process id in the file is all there is
         owner = _owner_of(file)
-        return not owner or owner.get("pid") == os.getpid() or not is_alive(int(owner.get("pid", 0)))
+        return not owner or owner["pid"] == os.getpid() or not is_alive(owner["pid"])
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks: again the process id
         owner = _owner_of(file)
-        return not owner or (owner.get("host") == socket.gethostname() and not is_alive(int(owner.get("pid", 0))))
+        return not owner or (owner["host"] == socket.gethostname() and not is_alive(owner["pid"]))
     return True
 
 
 def _owner_of(file: IO[str]) -> dict[str, Any]:
     file.seek(0)
     try:
-        return json.loads(file.read() or "{}")
-    except ValueError:
+        owner = json.loads(file.read() or "{}")
+    except (ValueError, RecursionError):
         return {}
+    whole = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and isinstance(owner.get("host"), str)
+    return owner if whole else {}
 
 
 def _owner(file: IO[str]) -> str:

@@ -42,6 +42,7 @@ class Update:
 def fit(run: TrainingRun, state: TrainState) -> TrainState:
     """Train from ``state`` to the end of the plan, or to a wish to stop; evaluate, report and save on the way."""
     config, plan = run.config, run.plan
+    wanted = False  # whether a checkpoint is due
     run.watch.restart(state.step)
     run.watchdog.enter("first update")
     while state.step < plan.max_iters and not run.stop.agreed():
@@ -49,6 +50,7 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
         if update is None:
             break  # asked to stop, and the update would have taken too long to finish
         if run.guard.wants_back and went_back(run, state):
+            wanted = False
             continue
         state.step += 1
         state.samples += plan.samples_per_step
@@ -67,8 +69,10 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
             best = due(state.step, config.evaluation.eval_interval) and evaluate(run, state, "eval")
             if due(state.step, config.logging.sample_interval):
                 show_sample(run, state)
-            if due(state.step, config.checkpoint.checkpoint_interval) or best or run.stop.save_due:
+            wanted = wanted or best or due(state.step, config.checkpoint.checkpoint_interval) or run.stop.save_due
+            if wanted and not amid_bad_updates(run, state, is_best=best):
                 save(run, state, is_best=best)
+                wanted = False
     finish(run, state)
     return state
 
@@ -98,6 +102,7 @@ def train_step(run: TrainingRun, state: TrainState) -> Update | None:
         if run.stop.drops_update(micro_step, plan.accumulation):
             run.optimizer.zero_grad()
             return None
+        run.watchdog.beat()
         batch = cpu_batch.to(accelerator.device)
         if config.model.dropout:
             seed_dropout(config.training.seed, state.step, micro_step * plan.world_size + accelerator.process_index)
@@ -215,6 +220,15 @@ def show_sample(run: TrainingRun, state: TrainState) -> None:
     run.log.samples(state.step, texts)
 
 
+def amid_bad_updates(run: TrainingRun, state: TrainState, *, is_best: bool) -> bool:
+    """Whether a save has to wait for a finite update: what would be saved may be past saving. A best loss is then forgotten."""
+    run.guard.settle(state.health)
+    if state.health.in_a_row and is_best:
+        run.saver.wait(state)
+        state.best_val_loss = run.saver.saved.best_val_loss
+    return state.health.in_a_row > 0
+
+
 def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
     """Publish a checkpoint, with all that is needed to go on, to sample and to evaluate without anything else."""
     run.guard.settle(state.health)
@@ -238,16 +252,16 @@ def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
 
 def finish(run: TrainingRun, state: TrainState) -> None:
     """The end: a last evaluation and checkpoint; or, when asked to stop, only the checkpoint."""
-    run.saver.wait(state)
+    with run.watchdog.phase("save"):
+        run.saver.wait(state)
     run.guard.settle(state.health)
     if run.guard.alarmed:
         heed_alarm(run, state)
-    if 0 < state.step == state.health.skipped:
+    if 0 < run.plan.max_iters == state.step == state.health.skipped:
         raise divergence(run, state, f"none of the {state.step} updates could be applied")
     if state.step < run.plan.max_iters:
         if state.step > run.saver.saved.step:
-            save(run, state)
-            run.saver.finish(state)
+            _save_last(run, state)
         again = "the same command goes on" if run.config.checkpoint.resume_from == "auto" else "go on with --resume_from auto"
         run.log.line(f"Stopped after update {state.step} of {run.plan.max_iters}; {again} from here")
     elif state.step == run.saver.saved.step:
@@ -258,5 +272,10 @@ def finish(run: TrainingRun, state: TrainState) -> None:
         best = evaluate(run, state, "final")
         if run.config.logging.sample_interval is not None:
             show_sample(run, state)
-        save(run, state, is_best=best)
+        _save_last(run, state, is_best=best)
+
+
+def _save_last(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
+    save(run, state, is_best=is_best)
+    with run.watchdog.phase("save"):  # which may go on in the background
         run.saver.finish(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 from accel_pretrain.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
+_log = logging.getLogger(__name__)
 
 # Dense bf16 matrix throughput without sparsity, FLOP/s, from data sheets; the first name that a device's name holds counts.
 _PEAK_FLOPS = {
@@ -65,22 +67,44 @@ def cut_back(path: Path, step: int) -> None:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
-class MetricsFile:
+class RowsFile:
+    """A file of JSON rows, cut back to those of a checkpoint. What the disk does not take costs one warning, never the run."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path, self._warned, self._torn = path, False, False
+        with self._tolerated():
+            cut_back(path, resumed_step)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        line = ("\n" * self._torn + json.dumps(row) + "\n").encode()
+        self._torn = True
+        with self._tolerated(), self.path.open("ab", buffering=0) as file:  # no buffer, which would try its bytes again later
+            self._torn = file.write(line) != len(line)
+
+    def close(self) -> None:
+        """Make the rows durable."""
+        with self._tolerated(), self.path.open("ab") as file:
+            os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                _log.warning("%s could not be written, and will lack rows: %s", self.path, error.strerror or error)
+            self._warned = True
+
+
+class MetricsFile(RowsFile):
     """Appends rows to ``metrics.jsonl``: ``step`` (completed updates), ``time`` (Unix seconds), ``tokens``, metrics by name."""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
-        self.path = run_dir / METRICS_FILE
-        cut_back(self.path, resumed_step)
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        super().__init__(run_dir / METRICS_FILE, resumed_step)
 
     def append(self, step: int, tokens: int, metrics: Mapping[str, Any]) -> None:
         numbers = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), "tokens": tokens, **numbers}) + "\n")
-
-    def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self.write({"step": step, "time": round(time.time(), 3), "tokens": tokens, **numbers})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import platform
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +26,11 @@ from accelerate import Accelerator
 from accel_pretrain.checkpoint import TrainState, not_finite, optimizer_updates
 from accel_pretrain.commit import STATE, checkpoints, commit, hash_files, names_in, point, prune, seal, step_of
 from accel_pretrain.errors import CheckpointError, DivergedError, StorageError
-from accel_pretrain.peers import Peers
+from accel_pretrain.peers import Peers, reason_of
 
 _RANK = re.compile(r"(?:random_states_|__|rank_?)(\d+)(?=\D)")
 _ROOM = 1.2  # free space to ask for, in sizes of the last checkpoint
+_log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -73,15 +75,17 @@ def publish(
     is_best: bool = False,
     keep_last: int | None = None,
     pin_interval: int | None = None,
+    protected: Collection[str] = (),
     source: Source | None = None,
     peers: Peers | None = None,
 ) -> Path:
     """Save model, optimizer and ``state`` as ``run_dir/checkpoint_<step>``, and return that path. Collective.
 
     ``facts`` go into the manifest, and into ``trainer_state.json`` beside the counters for
-    :func:`~accel_pretrain.checkpoint.read_facts`; ``write_extras`` adds files (on the main process). ``source`` and ``peers``
-    are for a background thread: a copy of the state, and a process group of its own. If any process fails, all raise
-    :class:`StorageError`, or :class:`DivergedError` for weights that are not finite, and nothing that was there is lost.
+    :func:`~accel_pretrain.checkpoint.read_facts`; ``write_extras`` adds files (on the main process). The checkpoints named in
+    ``protected`` are kept. ``source`` and ``peers`` are for a background thread: a copy of the state, and a process group of
+    its own. If any process fails, all raise :class:`StorageError`, or :class:`DivergedError` for weights that are not finite,
+    and nothing that was there is lost.
     """
     peers, source = peers or Peers(accelerator), source or Live(accelerator)
     final = run_dir / f"checkpoint_{state.step:08d}"
@@ -109,17 +113,25 @@ def publish(
             if peers.is_main:
                 seal(temporary, files, {"step": state.step, **facts, **_surroundings()})
                 commit(temporary, final)
-                for pointer in ("best", "latest") if is_best else ("latest",):
-                    point(run_dir / pointer, final.name)
     except BaseException:
         if peers.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if peers.is_main:
         milestones = [path.name for path in checkpoints(run_dir) if pin_interval and step_of(path) % pin_interval == 0]
-        prune(run_dir, keep_last, milestones)
+        _tidy(final, ("best", "latest") if is_best else ("latest",), keep_last, {*milestones, *protected})
     peers.gather(None)  # nobody reads the directory before it is as it stays
     return final
+
+
+def _tidy(final: Path, pointers: Collection[str], keep_last: int | None, protected: Collection[str]) -> None:
+    """Let the pointers name the new checkpoint, and remove old ones. It exists: what fails here is no failure of the save."""
+    try:
+        for pointer in pointers:
+            point(final.parent / pointer, final.name)
+        prune(final.parent, keep_last, protected)
+    except (OSError, CheckpointError) as error:  # the next start mends what names it
+        _log.warning("%s is saved, but what names it or the old ones could not be changed: %s", final, reason_of(error))
 
 
 def publish_weights(run_dir: Path, write: Callable[[Path], None]) -> Path:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from accel_pretrain.checkpoint import TrainState, restore
-from accel_pretrain.commit import find_newest
+from accel_pretrain.checkpoint import TrainState, read_state, restore
+from accel_pretrain.commit import checkpoints, find_newest, go_back, problem_with
 from accel_pretrain.data import numbers_of
 from accel_pretrain.errors import CheckpointError, DivergedError
 from accel_pretrain.files import write_whole
@@ -40,7 +40,7 @@ def heed_alarm(run: TrainingRun, state: TrainState) -> None:
 
 
 def went_back(run: TrainingRun, state: TrainState) -> bool:
-    """Turn model, optimizer and ``state`` back to the newest checkpoint. Collective; False, and nothing done, if there is none.
+    """Turn model, optimizer and ``state`` back to a good checkpoint. Collective; False, and nothing done, if there is none.
 
     The samples of the last ``rollback_updates`` updates that the checkpoint has not seen are never read again: they go into
     the ledger, ``state.health.left_out``, which is also written beside the checkpoints, for people. From there on the run is
@@ -61,7 +61,7 @@ def went_back(run: TrainingRun, state: TrainState) -> bool:
     first, last = numbers_of(np.array([begin, end - 1]), before.left_out).tolist()
     run.saver.saved = copy.deepcopy(restored)
     restored.health.left_out = merged([*before.left_out, [first, last + 1]])
-    restored.health.rollbacks = before.rollbacks + 1
+    restored.health.rollbacks, restored.health.in_a_row = before.rollbacks + 1, 0
     for item in fields(state):
         setattr(state, item.name, getattr(restored, item.name))
     if run.accelerator.is_main_process:
@@ -78,11 +78,14 @@ def went_back(run: TrainingRun, state: TrainState) -> bool:
 
 
 def _newest(run: TrainingRun) -> Path | None:
-    """The newest good checkpoint of this run: what the main process finds."""
+    """The newest good checkpoint of this run, if possible not one from amid bad updates: what the main process finds."""
     found: list[Path | None] = [None]
     with together(run.accelerator, CheckpointError):
         if run.accelerator.is_main_process:
-            found[0] = find_newest(run.run_dir)
+            good = (path for path in checkpoints(run.run_dir) if problem_with(path) is None)
+            found[0] = next((path for path in good if not read_state(path).health.in_a_row), None) or find_newest(run.run_dir)
+            if found[0] is not None:
+                go_back(run.run_dir, found[0])
     if run.plan.world_size > 1:
         broadcast_object_list(found)
     return found[0]

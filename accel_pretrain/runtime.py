@@ -186,8 +186,8 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
 
 
 def launched() -> bool:
-    """Whether a launcher, Accelerate's or torch's, started this process."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or elastic()
+    """Whether a launcher, Accelerate's or torch's, started this process; a person may have exported Accelerate's variables."""
+    return elastic() or ("ACCELERATE_MIXED_PRECISION" in os.environ and _is_accelerate(parent_command()))
 
 
 def elastic() -> bool:
@@ -242,6 +242,11 @@ def environment_of_its_own(**extra: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in dropped} | extra
 
 
+def is_restart() -> bool:
+    """Whether a launcher (``--max_restarts``) or Slurm (requeue) has started this command again by itself."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def slurm_job() -> str | None:
     """The number of the Slurm job that this process belongs to."""
     return os.environ.get("SLURM_JOB_ID")
@@ -258,9 +263,14 @@ def parent_command() -> list[str]:
         return []
 
 
+def _is_accelerate(words: list[str]) -> bool:
+    """Whether a command line is that of ``accelerate launch``, in one of the ways to type it."""
+    return any(Path(word).name.startswith("accelerate") for word in words[:4])
+
+
 def _asked_for(words: list[str]) -> int:
     """How many processes a command line of ``accelerate launch`` asks for, itself or in its config file; 1 if it is none."""
-    if not any("accelerate" in word for word in words[:3]):
+    if not _is_accelerate(words):
         return 1
     values: dict[str, str] = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):

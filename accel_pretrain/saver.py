@@ -1,7 +1,7 @@
 """When a run saves: at once or in the background, again after a failure, by the clock.
 
 A save that fails does not end the run: its temporary folder is dropped, and it is tried again half a minute later, or when the
-next one is due. Three failures in a row do end it, and so does a failure of the last save of a run.
+next one is due. Three failures in a row over at least a minute do end it, and so does a failure of the last save of a run.
 
 With ``checkpoint.asynchronous``, a thread copies the state to host memory while the next update computes its gradients
 (:meth:`Saver.wait_until_copied` stands before that update's step, as in CheckFreq), and then writes and publishes the copy as
@@ -28,7 +28,7 @@ from accel_pretrain.errors import CheckpointError, StorageError
 from accel_pretrain.peers import Peers
 from accel_pretrain.publish import publish
 
-MAX_FAILURES = 3  # in a row
+MAX_FAILURES, FAILING_SECONDS = 3, 60.0  # in a row, and over how long: a short outage must not end a run that saves often
 RETRY_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 
@@ -57,26 +57,34 @@ class Saver:
         self._copied.set()
         self._outcome: tuple[TrainState, Exception | None] | None = None
         self._failures: list[Exception] = []
-        self._began = time.monotonic()
+        self._began = self._first_failed = time.monotonic()
+        self._resumed = f"checkpoint_{state.step:08d}"  # known to load, which nobody can say yet of what this process saves
 
     def due_by_clock(self) -> bool:
         """Whether ``every_minutes`` are over, or a failed save is to be tried again. The main process's answer is the run's."""
         minutes = self._config.every_minutes
         wait = float("inf") if minutes is None else minutes * 60
-        if self._failures:
-            wait = min(wait, RETRY_SECONDS * 2 ** (len(self._failures) - 1))
+        outcome, failures = self._outcome, len(self._failures)
+        if self._thread is not None:  # wait() has not seen yet what has become of this one
+            failures = failures + 1 if outcome is not None and outcome[1] is not None else 0
+        if failures:
+            wait = min(wait, RETRY_SECONDS * 2 ** min(failures - 1, MAX_FAILURES))
         return self._peers.is_main and time.monotonic() - self._began >= wait
 
     def save(
         self, state: TrainState, *, facts: Mapping[str, Any], write_extras: Callable[[Path], None], is_best: bool = False
     ) -> None:
-        """Publish model, optimizer and ``state``: now, or soon. Raises :class:`StorageError` after three failures in a row."""
+        """Publish model, optimizer and ``state``: now, or soon. Raises :class:`StorageError` after three failures in a row.
+
+        Amid updates that are not finite, nothing old is removed for it.
+        """
         self.wait(state)
         self._began = time.monotonic()
         kept = copy.deepcopy(state)
         job = partial(
             publish, self._accelerator, self._run_dir, kept, facts=facts, write_extras=write_extras, is_best=is_best,
-            keep_last=self._config.keep_last, pin_interval=self._config.pin_interval, peers=self._peers,
+            keep_last=None if state.health.in_a_row else self._config.keep_last, pin_interval=self._config.pin_interval,
+            protected=[self._resumed], peers=self._peers,
         )  # fmt: skip
         if not self._config.asynchronous:
             self._attempt(job, kept)
@@ -125,10 +133,12 @@ class Saver:
             return
         if not isinstance(error, CheckpointError):
             raise error
+        self._first_failed = self._first_failed if self._failures else self._began
         self._failures.append(error)
         if state.best_val_loss == saved.best_val_loss:
             state.best_val_loss = self.saved.best_val_loss
-        if len(self._failures) >= MAX_FAILURES:
+        seconds = max(self._peers.gather(time.monotonic() - self._first_failed))  # everybody decides alike
+        if len(self._failures) >= MAX_FAILURES and seconds >= FAILING_SECONDS:
             raise StorageError(f"{len(self._failures)} saves in a row have failed; the last: {error.message}") from None
 
     def finish(self, state: TrainState) -> None:

@@ -67,6 +67,8 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        if self.signal == _ORPHANED and number == _REQUEUE:  # a launcher that does not know SIGUSR1 has died of it
+            self.signal = number
         if self.signal is None:
             self.signal = number
             _say(f"\nstopping ({self.reason}): saving what is done (Ctrl+C again to leave at once)\n")
@@ -86,14 +88,16 @@ class StopSignal:
             return self.signal is not None
         if self._control is None:  # on the CPU, so that asking never waits for a GPU
             self._control = dist.new_group(backend="gloo")
-        told = torch.tensor([self.signal or 0, int(self._elapsed * 1e6), int(self.clock())])
+        # The death of a launcher counts less than any signal: it may have died of that one.
+        wish = -1 if self.signal is None else 0 if self.signal == _ORPHANED else self.signal
+        told = torch.tensor([wish, int(self._elapsed * 1e6), int(self.clock())])
         dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._control)
-        number, microseconds, due = told.tolist()
+        wish, microseconds, due = told.tolist()
         self.save_due = bool(due)
         self._elapsed = microseconds / 1e6
-        if number:  # never the other way round: a signal may have come while the processes were talking
-            self.signal = number
-        return bool(number)
+        if wish >= 0:  # never the other way round: a signal may have come while the processes were talking
+            self.signal = wish or _ORPHANED
+        return wish >= 0
 
     def drops_update(self, done: int, total: int) -> bool:
         """Whether to stop before this micro-step, since the update has too many left; asked before each. Collective.

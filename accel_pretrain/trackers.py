@@ -6,7 +6,6 @@ A tracker that is missing, not logged in or broken costs one warning and never t
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import sys
@@ -20,10 +19,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tqdm import tqdm
 
 from accel_pretrain.errors import refuse
-from accel_pretrain.metrics import MetricsFile, cut_back
+from accel_pretrain.metrics import MetricsFile, RowsFile
 from accel_pretrain.redaction import redact
 from accel_pretrain.typed_yaml import option
 
+SAMPLES_FILE = "samples.jsonl"
 _TAKE_TEXT = ("tensorboard", "comet_ml", "trackio")  # what Accelerate's log does with a text there: keep it
 _log = logging.getLogger(__name__)
 
@@ -81,12 +81,10 @@ class RunLog:
     """The terminal, the metrics file and the trackers of one run. Only the main process writes."""
 
     def __init__(self, accelerator: Accelerator, run_dir: Path, *, step: int, total: int) -> None:
-        self._accelerator = accelerator
+        self._accelerator, self._run_dir = accelerator, run_dir
         main = accelerator.is_main_process
         self._file = MetricsFile(run_dir, step) if main else None
-        self._samples = run_dir / "samples.jsonl"
-        if main:
-            cut_back(self._samples, step)
+        self._samples = RowsFile(run_dir / SAMPLES_FILE, step) if main else None
         self._bar = tqdm(
             total=total, initial=step, unit="it", dynamic_ncols=True, smoothing=0.05,
             disable=not (main and sys.stderr.isatty()),
@@ -97,7 +95,7 @@ class RunLog:
         if not self._accelerator.log_with:
             return
         # wandb: do not wait long for a network that is not there
-        wandb = {"name": config.wandb_run_name, "dir": str(self._samples.parent), "settings": {"init_timeout": 30}}
+        wandb = {"name": config.wandb_run_name, "dir": str(self._run_dir), "settings": {"init_timeout": 30}}
         try:
             self._accelerator.init_trackers(config.wandb_project, config=_flat(settings), init_kwargs={"wandb": wandb})
         except Exception as error:  # anything that a third party's start may raise
@@ -112,6 +110,8 @@ class RunLog:
                 sys.stdout.flush()
             except BrokenPipeError:  # nobody reads any more: Ctrl+C ended the `tee` behind us too. The run must still be saved
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            except OSError:  # the disk behind it is full
+                pass
 
     def advance(self, updates: int = 1) -> None:
         self._bar.update(updates)
@@ -130,19 +130,17 @@ class RunLog:
         """Take back what was reported of later updates, which are about to happen again; trackers keep what they have."""
         if self._file is not None:
             self._file.close()
-            self._file = MetricsFile(self._samples.parent, step)
-            cut_back(self._samples, step)
+            self._file, self._samples = MetricsFile(self._run_dir, step), RowsFile(self._run_dir / SAMPLES_FILE, step)
         self._bar.n = step
         self._bar.refresh()
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Prompts and what was generated after them: a line each in the terminal, whole in ``samples.jsonl`` and trackers."""
-        if self._file is None:
+        if self._samples is None:
             return
         for prompt, text in texts:
             self.line(f"Sample at iteration {step}: {_on_one_line(prompt + text)}")
-        with self._samples.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n" for prompt, text in texts)
+            self._samples.write({"step": step, "prompt": prompt, "text": text})
         for tracker in self._accelerator.trackers:
             try:
                 _track_samples(tracker, step, texts)
@@ -161,7 +159,7 @@ class RunLog:
         self._bar.close()
         if self._file is not None:
             self._file.close()
-            self._file = None
+            self._file = self._samples = None
         try:
             for tracker in self._accelerator.trackers:
                 tracker.finish()

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +35,7 @@ from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.run import TrainingRun
-from accel_pretrain.runtime import build_accelerator, describe_runtime, seed_everything, together
+from accel_pretrain.runtime import build_accelerator, describe_runtime, is_restart, seed_everything, together
 from accel_pretrain.saver import Saver
 from accel_pretrain.session import Session, session, watched
 from accel_pretrain.stopping import follow_the_launcher
@@ -74,7 +73,7 @@ def load_config(line: CommandLine) -> RunConfig:
     file, overrides = line.config, line.overrides
     resume_from = dict(overrides).get("checkpoint.resume_from")
     if file is None and resume_from is not None and str(resume_from.raw).lower() not in ("auto", "never", *NULLS):
-        checkpoint = resolve(Path(resume_from.raw).expanduser())
+        checkpoint = _named(Path(resume_from.raw).expanduser())
         file = checkpoint / "config.yaml"
         here = Entry(str(checkpoint.parent), "--resume_from")  # the run may have been moved since it recorded its directory
         overrides = (("checkpoint.checkpoint_dir", here), *overrides)
@@ -90,6 +89,16 @@ def load_config(line: CommandLine) -> RunConfig:
         model = replace(model, rope_original_context=shape.rope_original_context)
     refuse_other_shape(origin, model.resolved(), shape)
     return replace(config, model=model)
+
+
+def _named(path: Path) -> Path:
+    """The checkpoint that a person has named; for a restart, which may come after that was removed, any of its run."""
+    try:
+        return resolve(path)
+    except CheckpointError:
+        if not is_restart():
+            raise
+        return resolve(path.parent)
 
 
 def find_origin(config: CheckpointConfig) -> Path:
@@ -135,15 +144,15 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
             return 0
         with session(accelerator, run_dir, watchdog) as around:
             run, state = assemble(config, plan, splits, accelerator, around)
+            around.afterwards.callback(around.close, run.log)
             try:
                 fit(run, state)
             finally:
-                run.saver.close()
-                around.close(run.log)
+                with watchdog.phase("save"):
+                    run.saver.close()
             unfinished = accelerator.is_main_process and state.step < run.plan.max_iters
-            if line := around.end(config.training.requeue if unfinished else False):
-                say(line)
-        return around.stop.exit_code
+            around.end(run.log, config.training.requeue if unfinished else False)
+        return around.exit_code
 
 
 def assemble(
@@ -208,12 +217,11 @@ def begin_with(module: Transformer, origin: Path, splits: Splits) -> None:
 
 
 def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Plan, splits: Splits) -> Path | None:
-    """Make the run directory, find the checkpoint to go on from (None: start afresh), and record the config. Collective."""
+    """Sweep the run directory, find the checkpoint to go on from (None: start afresh), and record the config. Collective."""
     run_dir = config.checkpoint.checkpoint_dir
     found: list[Path | None] = [None]
     with together(accelerator, CheckpointError):
         if accelerator.is_main_process:
-            _make_writable(run_dir)
             sweep(run_dir)
             found[0] = find_checkpoint(config)
             if found[0] is not None:
@@ -228,24 +236,16 @@ def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Pla
     return found[0]
 
 
-def _make_writable(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".tmp_probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"checkpoint.checkpoint_dir: cannot write to {os.path.abspath(run_dir)} ({error.strerror}); "
-            "type --checkpoint_dir DIR"
-        ) from None
-
-
 def find_checkpoint(config: RunConfig) -> Path | None:
     """The verified checkpoint that ``resume_from`` means, or None. Damaged ones are moved away: only for who holds the run."""
     run_dir, wanted = config.checkpoint.checkpoint_dir, config.checkpoint.resume_from
     if wanted not in ("auto", "never", None):
-        return resolve(Path(wanted).expanduser())
+        place = Path(wanted).expanduser()
+        inside = run_dir.resolve() in (place.resolve(), place.resolve().parent)
+        if (is_restart() or not inside) and _began_with(run_dir, place) and (newest := find_newest(run_dir, quarantine=True)):
+            print(f"going on with {newest.name}; this run has begun with {wanted}")
+            return newest
+        return resolve(place)
     newest = find_newest(run_dir, quarantine=True)
     if newest is not None and wanted != "auto":
         raise CheckpointError(
@@ -254,9 +254,19 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     return newest
 
 
+def _began_with(run_dir: Path, place: Path) -> bool:
+    """Whether the last start in ``run_dir`` was asked to go on from ``place`` too, and found it good."""
+    try:
+        before = load(RunConfig, run_dir / "config.yaml").checkpoint.resume_from
+    except (PretrainError, OSError):
+        return False
+    return before is not None and Path(before).expanduser().resolve() == place.resolve()
+
+
 def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: Path) -> None:
     """Refuse to go on with another model, data, order or optimizer; say which other settings have changed since."""
     require_optimizer(checkpoint)
+    read_state(checkpoint)  # what does not count is refused before anything is moved for it
     saved, now = _flat_config(load(RunConfig, checkpoint / "config.yaml")), _flat_config(config)
     changed = {key: (saved.get(key, "none"), now[key]) for key in now if saved.get(key) != now[key]}
     fixed = ("optimizer.name", "data.sampling", "training.seed")

@@ -78,7 +78,7 @@ class Keys:
             return candidates[0]
         if candidates:
             return f"{key}: several keys end so; write one of {', '.join(leaf.path for leaf in candidates)}"
-        if looks_secret(key):
+        if looks_secret(key) and not difflib.get_close_matches(key.rpartition(".")[2], self.short, n=1, cutoff=0.85):
             variable = key.rpartition(".")[2].upper()
             return f"{key}: a secret has no place in a config, which is recorded; set the environment variable {variable}"
         return f"{key}: there is no such key{self._suggestion(key)}"

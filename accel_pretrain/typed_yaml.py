@@ -25,7 +25,7 @@ from accel_pretrain.redaction import secret_in
 from accel_pretrain.typed_keys import Keys, Leaf, fields_of, members_of
 from accel_pretrain.typed_keys import leaves as leaves  # through here for everybody else
 from accel_pretrain.typed_values import Mismatch, accepts, convert
-from accel_pretrain.yaml_files import read_mapping, show
+from accel_pretrain.yaml_files import MAX_FILE_BYTES, read_mapping, show
 
 T = TypeVar("T")
 
@@ -169,6 +169,8 @@ def load(
     config = _build(cls, "", entries, problems)
     if problems or config is None:
         raise ConfigError(problems)
+    if len(to_yaml(config).encode()) > MAX_FILE_BYTES:
+        raise ConfigError("all keys together: larger than 64 KiB, which no config file may be in which a run records them")
     return config
 
 

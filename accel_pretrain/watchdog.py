@@ -1,7 +1,7 @@
 """Ends a process that hangs, after writing down where: a thread that watches whether anything still moves.
 
-The run says what it does (:meth:`Watchdog.phase`) and that it goes on (:meth:`Watchdog.beat`, one addition). Silence is counted
-in the thread's own ticks: a process that was suspended, or a laptop that slept, was not silent meanwhile.
+The run says what it does (:meth:`Watchdog.enter`, at every update) and that it goes on (:meth:`Watchdog.beat`, one addition).
+Silence is counted in the thread's own ticks: a process that was suspended, or a laptop that slept, was not silent meanwhile.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ _PATIENT = {"start": 3, "first update": 3, "save": 3, "rollback": 3}
 class Watchdog:
     """Watches one process of a run. Without ``timeout`` (seconds of silence) it only waits for the end to be bounded.
 
-    In updates it allows ten times the median of the last ones if that is more; in phases that take longer by their nature,
-    three times ``timeout``. ``tell`` is called with the reason before the process ends, ``alive`` every now and then before.
+    In updates it allows ten times what the median of the last ones took, if that is more; in phases that take longer by
+    their nature, three times ``timeout``. ``tell`` is called with the reason before the process ends, ``alive`` every now and
+    then before.
     """
 
     def __init__(self, run_dir: Path = Path(), rank: int = 0, timeout: float | None = None) -> None:
@@ -35,9 +36,9 @@ class Watchdog:
         self.tell: Callable[[str], object] = lambda reason: None
         self.alive: Callable[[], object] = lambda: None
         self._rank, self._timeout = rank, timeout
-        self._phase, self._beats, self._bound = "start", 0, None
+        self._phase, self._beats, self._entries, self._bound = "start", 0, 0, None
         self._code, self._error = HANG, None
-        self._pauses: deque[float] = deque(maxlen=9)  # between beats in updates, as far as a tick can tell
+        self._updates: deque[float] = deque(maxlen=9)  # what they took, in seconds, as far as a tick can tell
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -52,12 +53,13 @@ class Watchdog:
             self._thread.join()
 
     def beat(self) -> None:
-        """Something was finished: an update, a batch of an evaluation."""
+        """Something was finished: a batch of an update or of an evaluation."""
         self._beats += 1
 
     def enter(self, phase: str) -> None:
-        """From here on the run does something else."""
+        """From here on the run does something else, or the next update."""
         self._phase = phase
+        self._entries += 1
         self._beats += 1
 
     @contextlib.contextmanager
@@ -83,10 +85,10 @@ class Watchdog:
             return self._bound
         if self._phase in _PATIENT:
             return _PATIENT[self._phase] * self._timeout
-        return max(self._timeout, 10 * statistics.median(self._pauses)) if self._pauses else self._timeout
+        return max(self._timeout, 10 * statistics.median(self._updates)) if self._updates else self._timeout
 
     def _watch(self) -> None:
-        heard, phase, silent, ticks = self._beats, self._phase, 0.0, 0
+        heard, entries, phase, silent, spent, ticks = self._beats, self._entries, self._phase, 0.0, 0.0, 0
         last = time.monotonic()
         while not self._over.wait(_TICK):
             now = time.monotonic()
@@ -95,11 +97,13 @@ class Watchdog:
             if ticks % 40 == 0:
                 with contextlib.suppress(OSError):
                     self.alive()
-            silent += tick
+            silent, spent = silent + tick, spent + tick
+            if (entered := self._entries) != entries:
+                if self._phase == "update" and phase in ("first update", "update"):
+                    self._updates.append(spent / (entered - entries))
+                entries, phase, spent = entered, self._phase, 0.0
             if (beats := self._beats) != heard:
-                if phase == self._phase == "update":
-                    self._pauses.append(silent / (beats - heard))
-                heard, phase, silent = beats, self._phase, 0.0
+                heard, silent = beats, 0.0
             elif (budget := self.budget) is not None and silent > budget:
                 self._end(silent)
 

@@ -1,8 +1,8 @@
 """The trainer, with a fault in one of its processes: ``python -m tests.sabotage FAULT RANK UPDATE [words of the trainer]...``.
 
 The fault happens on that rank when that update begins: ``hang`` (a lock that nobody opens), ``raise``, ``exit`` (with 0), or
-once, before a restart: ``kill``. ``tracker`` hangs when the trackers are to finish. Everything else is the
-trainer's own.
+once, before a restart: ``kill``. ``tracker`` hangs when the trackers are to finish, ``tracker and raise`` after an error.
+Everything else is the trainer's own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def wait_for_ever() -> None:
 def commit(fault: str) -> None:
     if fault == "hang":
         wait_for_ever()
-    if fault == "raise":
+    if fault.endswith("raise"):
         raise AssertionError("a fault of this rank alone")
     if fault == "exit":
         os._exit(0)
@@ -43,7 +43,7 @@ def main(fault: str, rank: int, update: int, words: list[str]) -> int:
         return train_step(run, state)
 
     loop.train_step = faulty
-    if fault == "tracker":
+    if fault.startswith("tracker"):
         session.TEARDOWN = session.PATIENT_TEARDOWN = 1.5
         RunLog.close = lambda self: wait_for_ever()
     return train.main(words)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from accel_pretrain import commit
 from accel_pretrain.commit import checkpoints, find_newest, go_back, problem_with, prune, read_pointer, resolve, sweep
-from accel_pretrain.errors import CheckpointError, NoUsableCheckpointError
+from accel_pretrain.errors import CheckpointError, NoUsableCheckpointError, StorageError
 
 
 def make(run_dir: Path, step: int, *, best: float | None = None, is_best: bool = False, content: str = "") -> Path:
@@ -107,6 +109,54 @@ def test_the_damaged_are_moved_away_only_by_who_holds_the_run(tmp_path: Path, ca
     damage(make(tmp_path, 2))
     assert find_newest(tmp_path, quarantine=True) == good
     assert len(list((tmp_path / "quarantine").iterdir())) == 2
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_what_the_reader_cannot_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    make(tmp_path, 1)
+    make(tmp_path, 2)
+
+    def sha256_of(path: Path) -> str:
+        raise OSError(error, os.strerror(error), str(path))
+
+    monkeypatch.setattr(commit, "sha256_of", sha256_of)
+    with pytest.raises(StorageError, match=rf"cannot be read \({os.strerror(error)}\); nothing was moved") as refusal:
+        find_newest(tmp_path, quarantine=True)
+    assert len(refusal.value.problems) == 1
+    assert steps(tmp_path) == [2, 1]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, scandir = make(tmp_path, 1), os.scandir
+
+    def listed(folder: Any) -> Any:
+        if str(folder).endswith("tokenizer"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    with pytest.raises(StorageError, match="tokenizer cannot be read"):
+        problem_with(path)
+
+
+def test_hidden_files_of_the_system_are_no_damage(tmp_path: Path) -> None:
+    path = make(tmp_path, 1)
+    for name in (".DS_Store", "._weights", "tokenizer/.nfs0001"):
+        (path / name).write_text("x")
+    assert problem_with(path) is None
+    (path / "more").write_text("x")  # control
+    assert problem_with(path) == "more is not part of it"
+
+
+@pytest.mark.parametrize("how", ["renamed", "linked"])
+def test_going_back_to_one_of_another_name(tmp_path: Path, how: str) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    other = tmp_path / "my best"
+    path = tmp_path / "checkpoint_00000002"
+    path.rename(other) if how == "renamed" else other.symlink_to(path.name)
+    assert resolve(other) == other
+    assert [path.name[-1] for path in go_back(tmp_path, other)] == ["3"]
 
 
 def test_where_none_is_good_nothing_is_moved_and_the_run_does_not_begin_anew(tmp_path: Path) -> None:

@@ -192,6 +192,61 @@ def test_one_rollback_too_many_ends_the_run(
     assert newest(tmp_path).name == "checkpoint_00000100"
 
 
+def bad_updates(monkeypatch: Patch, updates: range) -> None:
+    """Let the gradients of these updates be not finite, the first time that they are computed."""
+    left = set(updates)
+    judge: Any = Guard.step
+
+    def step(self: Guard, *arguments: Any) -> None:
+        *before, number, loss, grad_norm = arguments
+        if number in left:
+            left.remove(number)
+            loss = loss * math.nan
+        judge(self, *before, number, loss, grad_norm)
+
+    monkeypatch.setattr(Guard, "step", step)
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name[-8:]) for path in run_dir.glob("checkpoint_*"))
+
+
+def test_saves_wait_for_the_end_of_bad_updates(run_train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
+    bad_updates(monkeypatch, range(5, 9))
+    common = ("--checkpoint_interval", "2", "--keep_last", "null", "--eval_interval", "6")
+    assert run_train(tmp_path, "--max_iters", "12", *common) == 0
+    assert saved_steps(tmp_path) == [2, 4, 9, 10, 12]
+    assert read_state(tmp_path / "checkpoint_00000010").best_val_loss is None  # that of update 6 is in no checkpoint
+
+
+def test_a_last_save_amid_bad_updates_removes_nothing(run_train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
+    bad_updates(monkeypatch, range(6, 9))
+    common = ("--checkpoint_interval", "2", "--keep_last", "1", "--save_best", "false")
+    assert run_train(tmp_path, "--max_iters", "7", *common) == 0
+    assert read_state(newest(tmp_path)).health.in_a_row == 2
+    assert saved_steps(tmp_path) == [4, 7]
+
+
+def test_a_rollback_goes_past_a_checkpoint_amid_bad_updates(run_train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
+    bad_updates(monkeypatch, range(6, 16))
+    common = ("--checkpoint_interval", "4", "--on_spike", "rollback", "--rollback_updates", "2", "--keep_last", "null")
+    assert run_train(tmp_path, *common, "--max_iters", "10") == 0
+    assert read_state(newest(tmp_path)).health.in_a_row == 5
+    assert run_train(tmp_path, *common, "--max_iters", "20") == 0
+    assert (tmp_path / "set_aside_checkpoint_00000010").is_dir()
+    assert (read_state(newest(tmp_path)).health.rollbacks, read_state(newest(tmp_path)).health.in_a_row) == (1, 0)
+    assert saved_steps(tmp_path) == [4, 8, 12, 16, 20]
+
+
+def test_a_rollback_begins_to_count_anew(run_train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
+    """Where there is only a checkpoint from amid bad updates."""
+    bad_updates(monkeypatch, range(2, 12))
+    common = ("--on_spike", "rollback", "--rollback_updates", "2")
+    assert run_train(tmp_path, *common, "--max_iters", "10") == 0
+    assert run_train(tmp_path, *common, "--max_iters", "14") == 0
+    assert read_state(newest(tmp_path)).health.rollbacks == 1
+
+
 def test_positions_and_numbers() -> None:
     positions = np.arange(12)
     assert numbers_of(positions, []).tolist() == list(range(12))
@@ -269,6 +324,16 @@ def test_the_threshold_is_six_standard_deviations_of_the_last_128() -> None:
     assert [spike.step for spike in toy.guard.calm()] == [202]
     toy.step(3.0, gradient=50.0)  # the norm of the gradient counts as much as the loss
     assert [spike.step for spike in toy.guard.spikes] == [203]
+
+
+def test_among_equal_values_the_last_bit_is_no_spike() -> None:
+    toy = Toy()
+    for _ in range(100):
+        toy.step(3.0)
+    toy.step(3.000001)
+    assert toy.guard.spikes == []
+    toy.step(3.1)  # control
+    assert len(toy.guard.spikes) == 1
 
 
 def test_nothing_is_a_spike_while_little_is_known() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,11 +15,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from accel_pretrain import lock, sample
-from tests.processes import arguments, command, leave_nothing_running, saved_step, start_training, status  # noqa: F401
+from accel_pretrain.commit import find_newest, step_of
+from tests.processes import arguments, command, leave_nothing_running, start_training, status  # noqa: F401
 from tests.running import REPO, Train, newest
 
 HOLDER = "import sys, time; from pathlib import Path; from accel_pretrain import lock; "
@@ -65,6 +69,43 @@ def test_a_run_on_another_machine_counts_while_it_shows_life(tmp_path: Path, age
         assert taken.value.seen
 
 
+@pytest.mark.parametrize("content", [b"[1]", b'{"host": "x"}', b'{"pid": "a", "host": "x"}', b"7", b"{", b"\xff"])
+def test_a_lock_file_with_something_else_in_it_is_nobodys(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "lock").write_bytes(content)
+    with lock.take(tmp_path / "lock"):
+        (tmp_path / "lock").write_bytes(content)
+        with pytest.raises(lock.Taken):
+            lock.take(tmp_path / "lock")
+
+
+def test_a_run_waits_until_another_machine_is_taken_for_dead(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: patch.setattr(lock, "SILENCE", 0))  # and the minute is over
+        assert run_train(tmp_path, "--max_iters", "2") == 0
+    said = capsys.readouterr().out
+    assert re.search(f"process 1 on elsewhere worked in {tmp_path} until just now; waiting [0-9]+ s for another sign", said)
+    path.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    monkeypatch.setattr(time, "sleep", lambda _: os.utime(path))  # it is alive
+    assert run_train(tmp_path, "--max_iters", "2") == 7
+    assert "process 1 on elsewhere worked in it less than 60 s ago" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 5), (errno.EDQUOT, 5), (errno.EIO, 5), (errno.EACCES, 2)])
+def test_a_directory_in_which_nothing_can_be_written(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: int, code: int
+) -> None:
+    def take(path: Path) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock, "take", take)
+    assert run_train(tmp_path / "run", "--max_iters", "2") == code
+    assert f"cannot write to {tmp_path / 'run'} ({os.strerror(number)})" in capsys.readouterr().err
+
+
 def test_without_locks_in_the_file_system_the_process_id_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
@@ -109,7 +150,9 @@ def test_the_lock_of_a_killed_run_is_free_at_once(run_train: Train, dataset: Pat
     process.kill()
     process.wait()
     assert run_train(tmp_path, "--max_iters", "100001", "--max_tokens", "1") == 2  # refused for what it says, not for the lock
-    before = saved_step(tmp_path)
+    checkpoint = find_newest(tmp_path)  # not what ``latest`` names: the process may have been killed before it did
+    assert checkpoint is not None
+    before = step_of(checkpoint)
     assert run_train(tmp_path, "--max_iters", str(before + 1)) == 0
     assert status(tmp_path) | {"state": "finished", "exit_code": 0, "step": before + 1} == status(tmp_path)
 

@@ -147,7 +147,8 @@ def test_an_update_that_is_not_finite_changes_no_bit(
     run_train: Train, tmp_path: Path, monkeypatch: Patch, capsys: Capture, what: str
 ) -> None:
     poison(monkeypatch, [3], what)
-    assert run_train(tmp_path, "--max_iters", "4", *EVERY_STEP) == 0
+    for last in ("3", "4"):  # amid bad updates only the end of a run saves
+        assert run_train(tmp_path, "--max_iters", last, *EVERY_STEP) == 0
     two, three, four = (tmp_path / f"checkpoint_0000000{step}" for step in (2, 3, 4))
     assert_same_bits(two, three)
     with pytest.raises(AssertionError):
@@ -155,7 +156,8 @@ def test_an_update_that_is_not_finite_changes_no_bit(
     assert [(read_state(path).step, read_state(path).samples) for path in (two, three, four)] == [(2, 8), (3, 12), (4, 16)]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Iter")]
     assert [line.endswith("Skipped: 1") for line in lines] == [False, False, True, True]
-    assert [row.get("train/skipped_updates") for row in rows(tmp_path)[:4]] == [None, None, 1, 1]
+    logged = [row for row in rows(tmp_path) if "train/loss" in row]
+    assert [row.get("train/skipped_updates") for row in logged] == [None, None, 1, 1]
     assert "inf" not in (tmp_path / "metrics.jsonl").read_text().lower()  # which would not be JSON
 
 
@@ -167,9 +169,8 @@ def test_ten_bad_updates_in_a_row_end_the_run(run_train: Train, tmp_path: Path, 
         f"{tmp_path / 'diverged_step_13.json'} says at which samples and layers; go on from the last checkpoint with a lower "
         "--lr, or with --on_spike rollback\n"
     )
-    assert newest(tmp_path).name == "checkpoint_00000012"
+    assert newest(tmp_path).name == "checkpoint_00000003"  # amid bad updates none is saved
     assert problem_with(newest(tmp_path)) is None
-    assert_same_bits(newest(tmp_path), tmp_path / "checkpoint_00000003")
 
 
 def test_bad_updates_that_are_not_in_a_row_do_not(run_train: Train, tmp_path: Path, monkeypatch: Patch) -> None:

@@ -39,6 +39,28 @@ def test_rows_can_be_read_while_the_run_goes_on(tmp_path: Path):
     file.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_costs_rows_and_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file = MetricsFile(tmp_path, 0)
+    (tmp_path / METRICS_FILE).symlink_to("/dev/full")
+    for step in (1, 2):
+        file.append(step, 10, {"train/loss": 2.0})
+    (tmp_path / METRICS_FILE).unlink()
+    (tmp_path / METRICS_FILE).write_text('{"step": 3, "tr')  # what fitted of a row
+    file.append(4, 10, {"train/loss": 2.0})
+    file.close()
+    assert steps_in(tmp_path) == [4]
+    assert ["No space left on device" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_log_that_cannot_be_cut_back_is_gone_on_with(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    record(tmp_path, range(1, 4))
+    (tmp_path / f".tmp_{METRICS_FILE}").mkdir()
+    record(tmp_path, range(3, 5), resumed_step=2)
+    assert steps_in(tmp_path) == [1, 2, 3, 3, 4]
+    assert len(caplog.records) == 1
+
+
 def test_a_resume_cuts_back_to_its_checkpoint(tmp_path: Path):
     record(tmp_path, range(1, 10))
     record(tmp_path, range(7, 9), resumed_step=6)

@@ -90,6 +90,14 @@ def test_a_killed_rank_is_restarted_to_the_same_bits(run_train: Train, dataset: 
         assert status(run_dir)["state"] == "finished"
 
 
+def test_a_killed_main_process_is_no_running_run(dataset: Path, tmp_path: Path) -> None:
+    start_training(command("torchrun 2", arguments(dataset, tmp_path)), tmp_path, tmp_path / "log")
+    kill_a_rank(tmp_path, 0, signal.SIGKILL)
+    said = status(tmp_path)
+    assert (said["state"], said["exit_code"]) == ("failed", 1)
+    assert "was killed" in said["reason"]
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("launcher", ["accelerate 2", "torchrun 2"])
 def test_killed_ranks_are_restarted_to_the_same_bits(dataset: Path, tmp_path: Path, launcher: str) -> None:
@@ -122,7 +130,7 @@ def test_a_rank_that_fails_alone_ends_all(dataset: Path, tmp_path: Path, fault: 
     assert saved_step(tmp_path) == 5
     log = (tmp_path / "log").read_text()
     said = status(tmp_path)
-    assert (said["state"], said["exit_code"]) == (("running", None) if rank == 0 and fault != "raise" else ("failed", 1))
+    assert (said["state"], said["exit_code"]) == ("failed", 1)
     # The other one says why it ends, if the launcher does not end it before it can.
     assert "another process of this run has ended or does not answer" in log or "Signal 15 (SIGTERM) received" in log
     assert (f"[rank{rank}]: AssertionError: a fault of this rank alone" in log) == (fault == "raise")

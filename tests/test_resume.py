@@ -155,6 +155,56 @@ def test_going_back_sets_the_newer_checkpoints_aside(
     assert [row["step"] for row in rows(tmp_path) if "train/loss" in row] == list(range(1, 8))
 
 
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_goes_on_and_only_a_person_goes_back(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """The launcher types the same command again, also when the checkpoint that it names is gone."""
+    saving = ("--checkpoint_interval", "2", "--keep_last", "1")
+    assert run_train(tmp_path, "--max_iters", "4", "--checkpoint_interval", "2") == 0
+    words = ("--resume_from", str(tmp_path / "checkpoint_00000002"))
+    monkeypatch.setenv(variable, "1")  # of a start that had done nothing yet
+    assert run_train(tmp_path, "--max_iters", "6", *saving, *words) == 0
+    assert len(list(tmp_path.glob("set_aside_*"))) == 1
+    assert run_train(tmp_path, "--max_iters", "8", *saving, *words) == 0
+    assert run_train(tmp_path, "--max_iters", "10", *saving, *words) == 0
+    assert not (tmp_path / "checkpoint_00000002").exists()
+    from accel_pretrain import train
+
+    assert train.main([*words, "--max_iters", "11"]) == 0  # without a config of its own
+    assert newest(tmp_path).name == "checkpoint_00000011"
+    assert len(list(tmp_path.glob("set_aside_*"))) == 1
+    monkeypatch.delenv(variable)
+    assert run_train(tmp_path, "--max_iters", "9", "--resume_from", str(newest(tmp_path))) == 0
+    words = ("--resume_from", str(tmp_path / "checkpoint_00000010"))
+    for _ in range(2):
+        assert run_train(tmp_path, "--max_iters", "11", *words) == 0
+    assert len(list(tmp_path.glob("set_aside_*"))) == 3
+
+
+def test_a_run_that_began_with_another_runs_checkpoint_goes_on(
+    run_train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_train(tmp_path / "one", "--max_iters", "2") == 0
+    words = ("--resume_from", str(tmp_path / "one"))
+    assert run_train(tmp_path / "two", "--max_iters", "3", *words) == 0
+    assert run_train(tmp_path / "two", "--max_iters", "4", *words) == 0
+    assert "going on with checkpoint_00000003; this run has begun with" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path / "two") if "train/loss" in row] == [3, 4]
+    assert run_train(tmp_path / "three", "--max_iters", "1") == 0
+    assert run_train(tmp_path / "three", "--max_iters", "4", *words) == 2  # control: it has begun with nothing
+    assert "of another run; type another --checkpoint_dir" in capsys.readouterr().err
+
+
+def test_a_copy_of_another_name_is_gone_on_from(run_train: Train, tmp_path: Path) -> None:
+    import shutil
+
+    assert run_train(tmp_path / "one", "--max_iters", "4", "--checkpoint_interval", "2") == 0
+    shutil.copytree(tmp_path / "one" / "checkpoint_00000002", tmp_path / "one" / "my copy")
+    assert run_train(tmp_path / "one", "--max_iters", "5", "--resume_from", str(tmp_path / "one" / "my copy")) == 0
+    assert (tmp_path / "one" / "set_aside_checkpoint_00000004").is_dir()
+
+
 def test_going_back_takes_best_back_too(run_train: Train, tmp_path: Path) -> None:
     arguments = ("--eval_interval", "2", "--checkpoint_interval", "2", "--keep_last", "null")
     assert run_train(tmp_path, "--max_iters", "8", *arguments) == 0

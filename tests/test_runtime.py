@@ -106,9 +106,27 @@ def test_threads_are_the_configs_else_the_persons_else_a_fair_share(
     monkeypatch: pytest.MonkeyPatch, wanted: int | None, variables: dict[str, str], expected: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(runtime, "parent_command", lambda: ["python", "/bin/accelerate", "launch"])
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert _threads(wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["bash", "-c", "source ~/accelerate/bin/activate; python -m accel_pretrain.train; true"], False),
+        (["/sbin/init"], False),
+        (["/usr/bin/python3", "/bin/accelerate", "launch"], True),
+        (["python", "-u", "-m", "accelerate.commands.launch"], True),
+    ],
+)
+def test_an_exported_variable_is_no_launcher(monkeypatch: pytest.MonkeyPatch, words: list[str], expected: bool) -> None:
+    """``nohup bash -c 'export ACCELERATE_MIXED_PRECISION=bf16; ...'``: the end of that shell is not the end of the run."""
+    monkeypatch.setattr(runtime, "parent_command", lambda: words)
+    assert not runtime.launched()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert runtime.launched() == expected
 
 
 def test_dropout_is_a_function_of_the_update_and_of_the_micro_batch() -> None:

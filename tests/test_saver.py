@@ -150,12 +150,32 @@ def test_three_failures_in_a_row_end_the_run(
     background: tuple[str, ...],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch, "save", Disk(failures=100, after=2))
+    monkeypatch.setattr(saver, "FAILING_SECONDS", 0.0)
     assert run_train(tmp_path, *SAVING, "--max_iters", "100", *background) == 5
     error = capsys.readouterr().err
     assert "error: 3 saves in a row have failed; the last: " in error
     assert "Traceback" not in error
     assert steps(tmp_path) == [2]
     assert problem_with(newest(tmp_path)) is None
+
+
+def test_a_short_outage_does_not_end_a_run_that_saves_often(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "save", Disk(failures=4, after=2))
+    assert run_train(tmp_path, *SAVING, "--max_iters", "14") == 0
+    assert steps(tmp_path) == [2, 12, 14]
+
+
+def test_a_failure_in_the_background_is_tried_again_by_the_clock(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the thread before the next save is due, which is far away."""
+    monkeypatch.setattr(saver, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(torch, "save", Disk(failures=1, after=0))
+    assert run_train(tmp_path, "--checkpoint_interval", "50", "--max_iters", "90", *BACKGROUND) == 0
+    assert len(steps(tmp_path)) == 2
+    assert 50 < steps(tmp_path)[0] < 90
 
 
 @pytest.mark.parametrize("background", [(), BACKGROUND])
@@ -194,6 +214,26 @@ def test_files_that_cannot_grow_are_a_full_disk(dataset: Path, tmp_path: Path) -
     assert "checkpoint_00000003 could not be saved: " in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("*checkpoint*"))
+
+
+def test_what_one_was_resumed_from_is_kept_as_long_as_the_process_lives(run_train: Train, tmp_path: Path) -> None:
+    common = ("--checkpoint_interval", "1", "--keep_last", "1")
+    assert run_train(tmp_path, *common, "--max_iters", "2") == 0
+    assert run_train(tmp_path, *common, "--max_iters", "5") == 0
+    assert steps(tmp_path) == [2, 5]
+    assert run_train(tmp_path, *common, "--max_iters", "6") == 0
+    assert steps(tmp_path) == [5, 6]
+
+
+def test_a_pointer_that_cannot_be_written_is_no_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(pointer: Path, name: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("accel_pretrain.publish.point", full)
+    assert problem_with(Small(tmp_path).save(1)) is None
+    assert "checkpoint_00000001 is saved, but what names it" in caplog.records[-1].getMessage()
 
 
 def test_no_room_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

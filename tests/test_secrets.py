@@ -57,6 +57,11 @@ def test_no_secret_is_in_anything_that_a_run_leaves_behind(dataset: Path, tmp_pa
     assert list((tmp_path / "run").rglob("*.wandb")), "wandb was to record something"
 
 
+@pytest.mark.parametrize("key", ["max_token", "sample_token"])
+def test_a_key_that_is_nearly_one_of_ours_is_no_secret(capsys: pytest.CaptureFixture[str], key: str):
+    assert "did you mean" in refused(train.main, capsys, f"--{key}", "5")
+
+
 @pytest.mark.parametrize("key", ["wandb_api_key", "logging.wandb_api_key", "hf-token", "password", "training.secret"])
 def test_a_key_that_is_named_as_a_secret_is_refused_and_its_value_not_shown(key: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"

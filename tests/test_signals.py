@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from accel_pretrain import stopping
+from accel_pretrain import loop, stopping
 from accel_pretrain.stopping import StopSignal, follow_the_launcher, requeue
 from tests.processes import (  # noqa: F401
     LAUNCHERS,
@@ -146,6 +146,27 @@ def test_a_signal_to_another_process_stops_this_one(two_processes: Patch) -> Non
     assert stop.exit_code == 143
 
 
+def test_the_wish_to_be_requeued_counts_more_than_the_launchers_death(two_processes: Patch) -> None:
+    """``accelerate launch`` dies of a SIGUSR1 to the whole group; its processes hear of both, in either order."""
+    elsewhere = [0]
+    two_processes.setattr(dist, "all_reduce", lambda told, **_: told[0].clamp_(min=elsewhere[0]))
+    for signals in ((USR2, USR1), (USR1, USR2)):
+        stop = StopSignal()
+        for number in signals:
+            stop._handle(number, None)
+        assert stop.agreed()
+        assert stop.signal == USR1
+    stop, elsewhere[0] = StopSignal(), USR1
+    stop._handle(USR2, None)
+    assert stop.agreed()
+    assert stop.signal == USR1
+    stop, elsewhere[0] = StopSignal(), -1
+    assert not stop.agreed()
+    stop._handle(USR2, None)
+    assert stop.agreed()
+    assert (stop.signal, stop.own_code) == (USR2, 143)
+
+
 def test_in_quick_updates_nobody_is_asked_and_in_slow_ones_all_are(two_processes: Patch) -> None:
     asked: list[float] = []
     elapsed = [0.1]
@@ -240,6 +261,19 @@ def test_a_run_under_slurm_saves_and_is_requeued(dataset: Path, tmp_path: Path) 
     assert (said["state"], said["exit_code"], said["reason"]) == ("interrupted", 138, "SIGUSR1")
 
 
+def test_a_tracker_that_hangs_does_not_keep_the_job_from_the_queue(dataset: Path, tmp_path: Path) -> None:
+    path = f"{fake_scontrol(tmp_path / 'bin')}{os.pathsep}{os.environ['PATH']}"
+    run_dir = tmp_path / "run"
+    words = [sys.executable, "-m", "tests.sabotage", "tracker", "0", "0", *arguments(dataset, run_dir)]
+    process = start_training(words, run_dir, SLURM_JOB_ID="12", PATH=path)
+    process.send_signal(USR1)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 138
+    assert "left without waiting longer" in output
+    assert (tmp_path / "bin" / "called").read_text() == "requeue 12\n"
+    assert (status(run_dir)["state"], status(run_dir)["exit_code"]) == ("interrupted", 138)
+
+
 # ---------------------------------------------------------------------------------------------------- inconvenient moments
 
 
@@ -263,6 +297,26 @@ def test_an_evaluation_is_abandoned(run_train: Train, tmp_path: Path, monkeypatc
     monkeypatch.setattr(StopSignal, "agreed", agreed)
     assert run_train(tmp_path, *settings, "--max_iters", "6") == 0
     assert any("final/val_loss" in row for row in rows(tmp_path))
+
+
+@pytest.mark.parametrize(("stopped", "code"), [(True, 143), (False, 6)])
+def test_updates_that_were_all_skipped_end_a_run_only_at_its_end(
+    run_train: Train, tmp_path: Path, monkeypatch: Patch, stopped: bool, code: int
+) -> None:
+    finish = loop.finish
+
+    def finish_skipped(run: Any, state: Any) -> None:
+        state.health.skipped = state.step
+        finish(run, state)
+
+    def signalled(self: StopSignal, done: int, total: int) -> bool:
+        os.kill(os.getpid(), TERM)
+        return False
+
+    monkeypatch.setattr(loop, "finish", finish_skipped)
+    if stopped:
+        monkeypatch.setattr(StopSignal, "drops_update", signalled)
+    assert run_train(tmp_path, "--max_iters", "3") == code
 
 
 def test_an_update_that_takes_too_long_is_dropped_without_a_trace(

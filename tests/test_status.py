@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from accel_pretrain.errors import (
     StorageError,
     reported,
 )
-from accel_pretrain.status import STATUS, RunStatus, read_status, record_failure
+from accel_pretrain.status import STATUS, RunStatus, read_status, record_failure, record_loss
 from tests.processes import status
 from tests.running import Train, newest
 
@@ -75,6 +77,39 @@ def test_the_first_failure_is_the_cause(tmp_path: Path) -> None:
     record_failure(tmp_path, 75, "nothing moved")
     now.__exit__(PeerError, PeerError("another process has ended"), None)
     assert (status(tmp_path)["exit_code"], status(tmp_path)["reason"], status(tmp_path)["step"]) == (75, "nothing moved", 7)
+
+
+def test_what_was_said_last_stays(tmp_path: Path) -> None:
+    with RunStatus(tmp_path) as now:
+        now.end("finished", 0)
+        now.end("interrupted", 130, "left at once, without saving")  # in the trackers' time, which is after the end
+    assert status(tmp_path)["state"] == "finished"
+
+
+def test_who_loses_a_killed_main_process_says_so(tmp_path: Path) -> None:
+    main = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        with RunStatus(tmp_path):
+            pass
+        document = status(tmp_path) | {"pid": main.pid}
+        (tmp_path / STATUS).write_text(json.dumps(document))
+        record_loss(tmp_path, patience=0.2)
+        assert status(tmp_path)["state"] == "running"
+        main.kill()  # its parent does not ask for its exit code yet
+        record_loss(tmp_path)
+        assert (status(tmp_path)["state"], status(tmp_path)["exit_code"]) == ("failed", 1)
+        (tmp_path / STATUS).write_text(json.dumps(document | {"host": "elsewhere"}))
+        record_loss(tmp_path)
+        assert status(tmp_path)["state"] == "running"
+    finally:
+        main.communicate()
+
+
+def test_a_refused_command_leaves_the_status_of_the_run(run_train: Train, tmp_path: Path) -> None:
+    assert run_train(tmp_path, "--max_iters", "3") == 0
+    before = (tmp_path / STATUS).read_bytes()
+    assert run_train(tmp_path, "--max_iters", "4", "--seed", "7") == 2
+    assert (tmp_path / STATUS).read_bytes() == before
 
 
 def test_processes_other_than_the_main_one_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
@@ -206,6 +207,21 @@ def test_a_sample_commands_no_terminal(tmp_path: Path, monkeypatch: pytest.Monke
     shown.seek(0)
     assert shown.read() == "Sample at iteration 7: a b [31m ?  .\n"
     assert recorded(tmp_path) == [{"step": 7, "prompt": "a\nb", "text": "\x1b[31m\té\r\u2028."}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def write(_: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", shown := io.StringIO())
+    monkeypatch.setattr(shown, "write", write)
+    log = RunLog(Accelerator(cpu=True), tmp_path, step=0, total=9)
+    (tmp_path / "samples.jsonl").symlink_to("/dev/full")
+    for step in (1, 2):
+        log.samples(step, [("a", "b")])
+    log.close()
+    assert ["samples.jsonl could not be written" in warning for warning in warnings_of(caplog)] == [True]
 
 
 def test_prompts_are_one_or_several() -> None:

@@ -26,7 +26,7 @@ from accel_pretrain.optim import SGD, AdamW
 from accel_pretrain.runtime import TrainingConfig
 from accel_pretrain.schedule import Constant, Cosine, InverseSqrt, Linear, WarmupStableDecay
 from accel_pretrain.trackers import LoggingConfig
-from accel_pretrain.typed_yaml import from_mapping, leaves, load, option, parse_command_line, reference, section, to_yaml
+from accel_pretrain.typed_yaml import Entry, from_mapping, leaves, load, option, parse_command_line, reference, section, to_yaml
 from accel_pretrain.validation import EvaluationConfig
 
 
@@ -607,3 +607,8 @@ def test_fuzz_control_sees_other_errors_and_empty_reports(broken: Exception):
 
     with pytest.raises((ValueError, AssertionError)):
         accepted_or_refused(call)
+
+
+def test_what_a_run_could_not_read_back_is_refused():
+    with pytest.raises(ConfigError, match="larger than 64 KiB"):
+        load(RunConfig, None, [("logging.sample_prompts", Entry([f"prompt {number}" for number in range(5000)], "here"))])

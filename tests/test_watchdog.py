@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from accel_pretrain import loop
+from accel_pretrain.saver import Saver
 from accel_pretrain.watchdog import HANG, Watchdog
 from tests.processes import (  # noqa: F401
     arguments,
@@ -25,7 +28,7 @@ from tests.processes import (  # noqa: F401
     until,
     updates,
 )
-from tests.running import REPO, TINY, losses
+from tests.running import REPO, TINY, Train, losses
 
 # Beats fifty times a second for a while; then it is stuck in `nothing_moves` until the watchdog ends it.
 SCRIPT = """
@@ -84,7 +87,7 @@ def test_budgets() -> None:
     assert watchdog.budget == 3 * 600  # at the start
     watchdog.enter("update")
     assert watchdog.budget == 600
-    watchdog._pauses.extend([90.0, 100.0, 5000.0])
+    watchdog._updates.extend([90.0, 100.0, 5000.0])
     assert watchdog.budget == 1000  # slow updates, of which one hiccup says nothing
     with watchdog.phase("save"):
         assert watchdog.budget == 3 * 600
@@ -132,6 +135,51 @@ def test_trackers_that_hang_at_the_end_do_not_keep_a_finished_run(dataset: Path,
     assert process.returncode == 0
     assert "left without waiting longer: nothing moved for" in output
     assert (tmp_path / "latest").read_text() == "checkpoint_00000002\n"
+
+
+def test_trackers_that_hang_do_not_hide_why_a_run_failed(dataset: Path, tmp_path: Path) -> None:
+    process = start(sabotaged("tracker and raise", "0", "2", *arguments(dataset, tmp_path)))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.count("AssertionError: a fault of this rank alone") == 1
+    assert "left without waiting longer: nothing moved for" in output
+    said = status(tmp_path)
+    assert (said["state"], said["exit_code"], said["reason"]) == ("failed", 1, "a fault of this rank alone")
+
+
+def test_the_second_update_may_take_as_long_as_the_first() -> None:
+    with Watchdog(timeout=600) as watchdog:
+        watchdog.enter("first update")
+        time.sleep(1.2)
+        watchdog.beat()
+        time.sleep(0.6)
+        watchdog.enter("update")
+        time.sleep(0.6)
+        assert len(watchdog._updates) == 1
+        assert watchdog._updates[0] > 1.0
+
+
+def test_every_micro_batch_is_a_beat(run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats = []
+    monkeypatch.setattr(Watchdog, "beat", lambda self: beats.append(self._phase))
+    assert run_train(tmp_path, "--gradient_accumulation_steps", "3", "--max_iters", "2", "--eval_iters", "1") == 0
+    assert (beats.count("first update"), beats.count("update")) == (3, 3)
+
+
+def test_the_end_waits_for_saves_in_the_phase_of_saves(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may take longer than an update, and the last one is waited for as long as any."""
+    saves: list[str] = []
+    finish, wait = loop.finish, Saver.wait
+
+    def watched(run: Any, state: Any) -> None:
+        monkeypatch.setattr(Saver, "wait", lambda *words: (saves.append(run.watchdog._phase), wait(*words)))
+        finish(run, state)
+
+    monkeypatch.setattr(loop, "finish", watched)
+    assert run_train(tmp_path, "--asynchronous", "true", "--max_iters", "3", "--checkpoint_interval", "2") == 0
+    assert saves == ["save"] * 3  # for the one under way, before the last, and for the last
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

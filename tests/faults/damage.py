@@ -80,7 +80,7 @@ def make_folder(path: Path, other: Path, draw: random.Random) -> bool:
 
 
 def add_file(path: Path, other: Path, draw: random.Random) -> bool:
-    names = ("custom_checkpoint_0.pkl", "pytorch_model.bin", "sampler.bin", ".hidden", "model.safetensors.bak", "a/b")
+    names = ("custom_checkpoint_0.pkl", "pytorch_model.bin", "sampler.bin", "model.safetensors.bak", "a/b")
     extra = path.parent / draw.choice(names)
     extra.parent.mkdir(exist_ok=True)
     extra.write_bytes(draw.randbytes(draw.randrange(100)))
