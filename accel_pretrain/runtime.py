@@ -45,7 +45,7 @@ class TrainingConfig:
     epochs: float | None = option(None, "passes over the training data", aliases=("num_epochs",))
     grad_clip: float | None = option(1.0, "largest norm of the gradient; null: no clipping", aliases=("max_grad_norm",))
     mixed_precision: Literal["no", "bf16", "fp16", "float32", "bfloat16", "float16"] | None = option(
-        None, "no | bf16 | fp16; null: the launcher's, else bf16 on a GPU that has it", aliases=("dtype",)
+        None, "no | bf16 | fp16; null: the launcher's, else bf16 where the GPU or CPU computes in it", aliases=("dtype",)
     )
     compile: bool = option(False, "compile the blocks with torch.compile (takes a minute, pays off in long runs)")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
@@ -80,6 +80,8 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
     precision, _ = resolve_precision(training, cpu)
     refuse((precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"))
     if cpu:
+        # Huge pages for large tensors, where Linux lets one ask for them. PyTorch looks when it makes its first tensor.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         torch.set_num_threads(_threads(training.cpu_threads))
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     accelerator = Accelerator(
@@ -127,8 +129,13 @@ def resolve_precision(training: TrainingConfig, cpu: bool) -> tuple[str, str]:
         return _PRECISIONS[training.mixed_precision], "config"
     if launcher := os.environ.get("ACCELERATE_MIXED_PRECISION"):
         return launcher, "launcher"
-    capable = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    capable = _cpu_has_bf16() if cpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return ("bf16" if capable else "no"), "device"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether there are instructions for products in bfloat16; where there are none, it is slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def describe_runtime(accelerator: Accelerator, training: TrainingConfig) -> str:

@@ -51,6 +51,9 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, None, "bf16 GPU", ("bf16", "device")),
         (None, None, "old GPU", ("no", "device")),
         (None, None, "cpu", ("no", "device")),
+        (None, None, "bf16 CPU", ("bf16", "device")),
+        (None, "no", "bf16 CPU", ("no", "launcher")),
+        ("no", None, "bf16 CPU", ("no", "config")),
     ],
 )
 def test_precision_is_the_configs_else_the_launchers_else_the_devices(
@@ -58,9 +61,11 @@ def test_precision_is_the_configs_else_the_launchers_else_the_devices(
 ) -> None:
     if launcher is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: device != "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device.endswith("GPU"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: device == "bf16 GPU")
-    assert resolve_precision(TrainingConfig(mixed_precision=wanted), cpu=device == "cpu") == expected
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: device == "bf16 CPU")
+    assert resolve_precision(TrainingConfig(mixed_precision=wanted), cpu=not device.endswith("GPU")) == expected
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,7 @@ def causal_attention(
 
 
 @causal_attention.register_fake
-def _(
-    q_BHTE: torch.Tensor, k_BGTE: torch.Tensor, v_BGTE: torch.Tensor, scale: float, window: int | None
-) -> torch.Tensor:
+def _(q_BHTE: torch.Tensor, k_BGTE: torch.Tensor, v_BGTE: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
     return _heads_inside(q_BHTE)
 
 

@@ -20,9 +20,7 @@ def fits(x_BTD: torch.Tensor, vocab_size: int) -> bool:
     return known and x_BTD[..., 0].numel() * vocab_size >= _PAYS_FROM
 
 
-def head_loss(
-    x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, softcap: float | None
-) -> torch.Tensor:
+def head_loss(x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """:func:`~accel_pretrain.loss.next_token_loss` of ``x @ weight.T``, after a soft cap if there is one: ``nats_B``."""
     return _HeadLoss.apply(x_BTD, weight_VD, targets_BT, softcap, _dtype_of_products(x_BTD))  # type: ignore[return-value]
 
