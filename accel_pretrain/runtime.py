@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -47,7 +48,7 @@ class TrainingConfig:
     mixed_precision: Literal["no", "bf16", "fp16", "float32", "bfloat16", "float16"] | None = option(
         None, "no | bf16 | fp16; null: the launcher's, else bf16 where the GPU or CPU computes in it", aliases=("dtype",)
     )
-    compile: bool = option(False, "compile the blocks with torch.compile (takes a minute, pays off in long runs)")
+    compile: bool | None = option(None, "compile the blocks with torch.compile; null: in runs so long that it pays")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
     cpu_threads: int | None = option(None, "threads per process on a CPU; null: the cores shared among the processes here")
     seed: int = option(42, "of the initial weights, the data order and dropout")
@@ -136,6 +137,24 @@ def resolve_precision(training: TrainingConfig, cpu: bool) -> tuple[str, str]:
 def _cpu_has_bf16() -> bool:
     """Whether there are instructions for products in bfloat16; where there are none, it is slower than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# Floating-point operations of a process from which compiling pays: about ten minutes of two cores, or of one GPU.
+_COMPILE_FROM_FLOPS = {"cpu": 1e15, "cuda": 1e17}
+
+
+def resolve_compile(training: TrainingConfig, flops: float, device: torch.device) -> tuple[bool, str | None]:
+    """Whether to compile, and what to tell about it. A function of the config, not of the clock: a resumed run does the same."""
+    wanted = training.compile if training.compile is not None else flops >= _COMPILE_FROM_FLOPS.get(device.type, math.inf)
+    if not wanted:
+        return False, None
+    from torch._inductor import cpp_builder, exc  # takes seconds
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError):  # the second on Windows
+        return False, "not compiled: torch.compile needs a C++ compiler, such as g++, and found none"
+    return True, "the first update compiles the model's blocks; --compile false leaves that out"
 
 
 def describe_runtime(accelerator: Accelerator, training: TrainingConfig) -> str:

@@ -36,7 +36,7 @@ from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, r
 from accel_pretrain.files import write_whole
 from accel_pretrain.loop import RULE, TrainingRun, fit
 from accel_pretrain.models import ModelConfig, Transformer
-from accel_pretrain.runtime import StopSignal, build_accelerator, describe_runtime, seed_everything, together
+from accel_pretrain.runtime import StopSignal, build_accelerator, describe_runtime, resolve_compile, seed_everything, together
 from accel_pretrain.tokenizer import load_tokenizer
 from accel_pretrain.trackers import RunLog
 from accel_pretrain.typed_yaml import NULLS, CommandLine, Entry, load, parse_command_line, reference, to_plain, to_yaml
@@ -152,7 +152,9 @@ def assemble(
         begin_with(module, origin, splits)
     model, optimizer = accelerator.prepare(module, config.optimizer.build(module))
     state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
-    if config.training.compile:
+    flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
+    compiled, notice = resolve_compile(config.training, flops, accelerator.device)
+    if compiled:
         for layer in module.layers:  # in place: parameter names stay, and DDP still overlaps its communication
             layer.compile()
     with together(accelerator, PretrainError):
@@ -169,7 +171,7 @@ def assemble(
             world_size=plan.world_size, rank=accelerator.process_index,
         ),
     )  # fmt: skip
-    announce(run, state, checkpoint or origin)
+    announce(run, state, checkpoint or origin, notice)
     run.log.start_trackers(config.logging, to_plain(config))
     return run, state
 
@@ -268,7 +270,7 @@ def _flat_config(config: RunConfig) -> dict[str, object]:
     return {f"{section}.{key}": value for section, values in to_plain(config).items() for key, value in values.items()}
 
 
-def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None) -> None:
+def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notice: str | None) -> None:
     """The lines before the first update: what is about to happen, on what."""
     plan, say = run.plan, run.log.line
     trainable = sum(parameter.numel() for parameter in run.parameters if parameter.requires_grad)
@@ -285,8 +287,8 @@ def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None) -> No
     say(f"Max iterations: {plan.max_iters} ({plan.epochs:g} passes over the data)")
     for part in plan.mixture:
         say(f"Mixture: {part}")
-    for notice in plan.notices:
-        say(f"Notice: {notice}")
+    for line in (*plan.notices, *([notice] if notice else [])):
+        say(f"Notice: {line}")
     say(RULE)
 
 

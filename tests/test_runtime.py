@@ -23,6 +23,7 @@ from accel_pretrain.runtime import (
     _threads,
     all_agree,
     build_accelerator,
+    resolve_compile,
     resolve_precision,
     seed_dropout,
     together,
@@ -66,6 +67,33 @@ def test_precision_is_the_configs_else_the_launchers_else_the_devices(
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: device == "bf16 CPU")
     assert resolve_precision(TrainingConfig(mixed_precision=wanted), cpu=not device.endswith("GPU")) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "flops", "expected"),
+    [
+        (None, "cpu", 9e14, False),
+        (None, "cpu", 1e15, True),
+        (None, "cuda", 9e16, False),
+        (None, "cuda", 1e17, True),
+        (None, "mps", 1e30, False),
+        (True, "cpu", 0, True),
+        (False, "cpu", 1e30, False),
+    ],
+)
+def test_runs_are_compiled_where_it_pays_or_where_one_says_so(
+    monkeypatch: pytest.MonkeyPatch, wanted: bool | None, device: str, flops: float, expected: bool
+) -> None:
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
+    compiled, notice = resolve_compile(TrainingConfig(compile=wanted), flops, torch.device(device))
+    assert (compiled, notice is not None) == (expected, expected)
+
+
+def test_without_a_compiler_nothing_is_compiled_and_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    compiled, notice = resolve_compile(TrainingConfig(compile=True), 0, torch.device("cpu"))
+    assert not compiled
+    assert notice == "not compiled: torch.compile needs a C++ compiler, such as g++, and found none"
 
 
 @pytest.mark.parametrize(
