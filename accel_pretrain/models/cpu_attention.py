@@ -38,12 +38,12 @@ def causal_attention(
 
 @causal_attention.register_fake
 def _(q_BHTE: torch.Tensor, k_BGTE: torch.Tensor, v_BGTE: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
-    return _heads_inside(q_BHTE)
+    return _heads_inside(torch.empty_like(q_BHTE))
 
 
 def _heads_inside(x_BHTE: torch.Tensor) -> torch.Tensor:
     """The same in memory order (B, T, H, E), which is how the linear layers around want it."""
-    return x_BHTE.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    return x_BHTE.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @torch.library.custom_op("accel_pretrain::causal_attention_gradients", mutates_args=())
@@ -54,13 +54,14 @@ def _gradients(
     B, H, T, E = q_BHTE.shape
     rows = 128 if T <= 512 else 256
     some = max(1, _CACHE_BYTES // (H * min(rows, T) * T * q_BHTE.element_size()))
-    grads = tuple(torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (q_BHTE, k_BGTE, v_BGTE))
-    inputs = [x.contiguous() for x in (out_grad_BHTE, q_BHTE, k_BGTE, v_BGTE)]
+    q_grad_BHTE, k_grad_BGTE, v_grad_BGTE = (_heads_inside(torch.empty_like(x)) for x in (q_BHTE, k_BGTE, v_BGTE))
     for begin in range(0, B, some):
-        found = _some_gradients(*(x[begin : begin + some] for x in inputs), scale, window, rows)
-        for grad, part in zip(grads, found, strict=True):
-            grad[begin : begin + some] = part.transpose(1, 2)
-    return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
+        part = slice(begin, begin + some)
+        k_grad_BGTE[part], v_grad_BGTE[part] = _some_gradients(
+            out_grad_BHTE[part], q_BHTE[part], k_BGTE[part].contiguous(), v_BGTE[part].contiguous(), q_grad_BHTE[part],
+            scale, window, rows,
+        )  # fmt: skip
+    return q_grad_BHTE, k_grad_BGTE, v_grad_BGTE
 
 
 @_gradients.register_fake
@@ -68,20 +69,20 @@ def _(
     out_grad_BHTE: torch.Tensor, q_BHTE: torch.Tensor, k_BGTE: torch.Tensor, v_BGTE: torch.Tensor, scale: float,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _heads_inside(q_BHTE), _heads_inside(k_BGTE), _heads_inside(v_BGTE)
+    q_grad, k_grad, v_grad = (_heads_inside(torch.empty_like(x)) for x in (q_BHTE, k_BGTE, v_BGTE))
+    return q_grad, k_grad, v_grad
 
 
 def _some_gradients(
-    out_grad_BHTE: torch.Tensor, q_BHTE: torch.Tensor, k_BGTE: torch.Tensor, v_BGTE: torch.Tensor, scale: float,
-    window: int | None, rows: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The same for so few sequences that a block's scores fit into the cache.
+    out_grad_BHTE: torch.Tensor, q_BHTE: torch.Tensor, k_BGTE: torch.Tensor, v_BGTE: torch.Tensor, q_grad_BHTE: torch.Tensor,
+    scale: float, window: int | None, rows: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The same for so few sequences that a block's scores fit into the cache; the gradient of q is written to its place.
 
     X is B x G: key heads, each with R = H / G x N query rows. The last block comes first, as it sees all keys.
     """
     B, H, T, E = q_BHTE.shape
     k_XTE, v_XTE = k_BGTE.flatten(0, 1), v_BGTE.flatten(0, 1)
-    q_grad_BHTE = torch.empty_like(q_BHTE)
     k_grad_XTE = v_grad_XTE = None
     nothing = k_XTE.new_empty(1, 1, 1)  # what baddbmm adds to, times zero
     for start in reversed(range(0, T, rows)):
@@ -103,8 +104,9 @@ def _some_gradients(
         else:
             k_grad_XTE[:, first:end] += k_grad_XSE
             v_grad_XTE[:, first:end] += v_grad_XSE
-    assert k_grad_XTE is not None and v_grad_XTE is not None
-    return q_grad_BHTE, k_grad_XTE.view_as(k_BGTE), v_grad_XTE.view_as(v_BGTE)
+    assert k_grad_XTE is not None
+    assert v_grad_XTE is not None
+    return k_grad_XTE.view_as(k_BGTE), v_grad_XTE.view_as(v_BGTE)
 
 
 def _hide(scores_YNS: torch.Tensor, before: int, window: int | None) -> None:
