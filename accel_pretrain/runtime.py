@@ -144,7 +144,7 @@ _COMPILE_FROM_FLOPS = {"cpu": 1e15, "cuda": 1e17}
 
 
 def resolve_compile(training: TrainingConfig, flops: float, device: torch.device) -> tuple[bool, str | None]:
-    """Whether to compile, and what to tell about it. A function of the config, not of the clock: a resumed run does the same."""
+    """Whether to compile, and a notice about it. A function of the config, not of the clock: a resumed run does the same."""
     wanted = training.compile if training.compile is not None else flops >= _COMPILE_FROM_FLOPS.get(device.type, math.inf)
     if not wanted:
         return False, None

@@ -3,10 +3,10 @@
     python -m benchmarks.train --shape small --eager --nanogpt PATH/TO/nanoGPT
     python -m benchmarks.train --shape 124m --compiled --peers nanogpt trainer
 
-Each loop has a process of its own with the same number of threads; all are resident, and one update of one loop runs at a time, in
-turns, so that a slow minute of the machine is slow for all. Weights, tokens, batches, AdamW and clipping are the same, and over
-the first updates the losses must be too (to 1e-4 relative in float32, 2e-3 in bfloat16). GPT-2's shape for nanoGPT, transformers'
-Trainer and an Accelerate loop around the model of transformers; Llama's for litgpt: those with a peer in ``--peers`` run.
+Each loop has a process of its own with the same number of threads; all are resident, and one update of one loop runs at a time,
+in turns, so that a slow minute of the machine is slow for all. Weights, tokens, batches, AdamW and clipping are the same, and
+over the first updates the losses must be too (to 1e-4 relative in float32, 2e-3 in bfloat16). GPT-2's shape for nanoGPT, the
+Trainer of transformers and an Accelerate loop around its model; Llama's for litgpt. Those with a peer in ``--peers`` run.
 The first update's time, which has the compilation in it, is reported apart.
 
 nanoGPT is a checkout (https://github.com/karpathy/nanoGPT); litgpt installs without touching torch:
@@ -139,8 +139,8 @@ def main() -> None:
     found = shapes(arguments.shape)
     tokens = found["batch_size"] * found["gpt"].context_length
     print(
-        f"\n{arguments.shape}, {arguments.precision}, {'compiled' if arguments.compiled else 'eager'}, {arguments.threads} threads, "
-        f"medians of {arguments.rounds} updates in turns; load when it began: {load:.1f}"
+        f"\n{arguments.shape}, {arguments.precision}, {'compiled' if arguments.compiled else 'eager'}, "
+        f"{arguments.threads} threads, medians of {arguments.rounds} updates in turns; load when it began: {load:.1f}"
     )
     print(f"{'':<12}{'tokens/s':>10}{'quickest':>10}{'ours is':>10}{'peak MB':>9}{'first s':>9}")
     timed = {name: [seconds for _, seconds, _ in rows[arguments.warmup :]] for name, rows in answers.items()}

@@ -1,8 +1,8 @@
 """The training loops that :mod:`benchmarks.train` compares: ours, and those of others as their authors write them.
 
-A loop is a generator. It builds its model with the weights it is given, then does one update each time it is asked, and yields the
-mean loss of that update. All have fp32 weights, AdamW (fused, where the library lets one say so) with decay on matrices, clipping
-at norm 1, a constant learning rate, and the same batches.
+A loop is a generator. It builds its model with the weights it is given, then does one update each time it is asked, and yields
+the mean loss of that update. All have fp32 weights, a fused AdamW with decay on matrices, clipping at norm 1, a constant
+learning rate, and the same batches.
 """
 
 from __future__ import annotations
@@ -119,11 +119,12 @@ def nanogpt(work: Work) -> Iterator[float]:
     """The loop of nanoGPT's train.py, under autocast also on a CPU, and with the fused AdamW that it takes on a GPU."""
     assert work.nanogpt is not None
     spec = importlib.util.spec_from_file_location("nanogpt_model", work.nanogpt / "model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     shape = work.model
-    model = module.GPT(
+    model: Any = module.GPT(
         module.GPTConfig(
             block_size=shape.context_length, vocab_size=shape.vocab_size, n_layer=shape.num_layers, n_head=shape.num_heads,
             n_embd=shape.d_model, dropout=0.0, bias=True,
@@ -153,7 +154,7 @@ def _transformers_model(work: Work) -> Any:
     config = transformers.GPT2Config(
         vocab_size=shape.vocab_size or 0, n_positions=shape.context_length, n_embd=shape.d_model, n_layer=shape.num_layers,
         n_head=shape.num_heads, n_inner=shape.ff_width, activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, layer_norm_epsilon=shape.norm_eps, use_cache=False, attn_implementation="sdpa",
+        attn_pdrop=0.0, layer_norm_epsilon=shape.norm_eps, use_cache=False, attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config)
     missing, unexpected = model.load_state_dict(gpt2_weights(work, conv1d=True), strict=False)
@@ -223,9 +224,9 @@ def trainer(work: Work, turn: Callable[[float | None], None]) -> None:
 
 def litgpt(work: Work) -> Iterator[float]:
     """The loop of litgpt's pretrain.py, with its model and its loss, in Fabric."""
-    import lightning as L
-    from litgpt import GPT, Config
-    from litgpt.utils import chunked_cross_entropy
+    import lightning as L  # pyright: ignore[reportMissingImports]
+    from litgpt import GPT, Config  # pyright: ignore[reportMissingImports]
+    from litgpt.utils import chunked_cross_entropy  # pyright: ignore[reportMissingImports]
 
     fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if work.bf16 else "32-true")
     shape, own = work.model, work.weights()

@@ -1,4 +1,4 @@
-"""What is faster on a CPU, against what it stands for: losses, outputs and gradients, with the error of both against float64."""
+"""What is faster on a CPU, against what it stands for: losses, outputs, gradients, and the errors of both against float64."""
 
 from __future__ import annotations
 

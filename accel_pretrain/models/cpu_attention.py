@@ -1,7 +1,7 @@
 """Causal attention in bfloat16 on a CPU, with gradients at twice the speed of PyTorch's kernel.
 
-Forward is that kernel, which is good. Its gradient is not: it computes in small tiles, where a processor's matrix units have
-little to do. :func:`_gradients` goes by blocks of queries instead, each a few large products over only the keys that it can see;
+Forward is that kernel, which is good. Its gradient is not: it computes in small tiles, which leave a processor's matrix units
+idle. :func:`_gradients` goes by blocks of queries instead, each a few large products over only the keys that it can see;
 the scores of a block stay in the cache, and the probabilities are computed again, so that nothing of size T x T is kept.
 One operator for torch.compile, which would otherwise unroll the blocks.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -51,7 +52,7 @@ def _gradients(
     out_grad_BHTE: torch.Tensor, q_BHTE: torch.Tensor, k_BGTE: torch.Tensor, v_BGTE: torch.Tensor, scale: float,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    B, H, T, E = q_BHTE.shape
+    B, H, T, _ = q_BHTE.shape
     rows = 128 if T <= 512 else 256
     some = max(1, _CACHE_BYTES // (H * min(rows, T) * T * q_BHTE.element_size()))
     q_grad_BHTE, k_grad_BGTE, v_grad_BGTE = (_heads_inside(torch.empty_like(x)) for x in (q_BHTE, k_BGTE, v_BGTE))
@@ -124,12 +125,12 @@ def _barrier(size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((size, size), -math.inf, dtype=dtype).triu_(1)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     *tensors, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, out_grad_BHTE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, out_grad_BHTE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *_gradients(out_grad_BHTE, *ctx.saved_tensors, ctx.scale, ctx.window), None, None
 
 

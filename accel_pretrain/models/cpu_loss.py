@@ -32,9 +32,9 @@ def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
 class _HeadLoss(torch.autograd.Function):
     """Gradients are computed together with the loss, as if every sequence's loss counted 1.
 
-    A chunk of tokens at a time, its logits become softmax - onehot in place, and then the gradients of x and of the weight. What
-    a sequence does count is known in the backward pass: if all count the same, as in training, that is one multiplication; else
-    the work is done again, as it is for a second pass.
+    A chunk of tokens at a time, its logits become softmax - onehot in place, and then the gradients of x and weight. What a
+    sequence does count is known in the backward pass: if all count the same, as in training, that is one multiplication;
+    else the work is done again, as it is for a second pass.
     """
 
     @staticmethod
@@ -56,6 +56,7 @@ class _HeadLoss(torch.autograd.Function):
             x_grad_BTD, weight_grad_VD = (gradient.to(torch.float32).mul_(counts_B[0]) for gradient in gradients)
         else:
             _, gradients = _chunked(x_BTD, weight_VD, targets_BT, ctx.softcap, ctx.dtype, counts_B, True)
+            assert gradients is not None
             x_grad_BTD, weight_grad_VD = gradients
         return x_grad_BTD.to(x_BTD.dtype), weight_grad_VD.to(weight_VD.dtype), None, None, None
 
@@ -64,7 +65,7 @@ def _chunked(
     x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, softcap: float | None, dtype: torch.dtype,
     counts_B: torch.Tensor | None, with_gradients: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:  # fmt: skip
-    """Nats of each sequence; and the gradients, of x in ``dtype`` and of weight in float32, of their sum weighted by ``counts_B``.
+    """Nats of each sequence; and the gradients of their sum weighted by ``counts_B``: of x in ``dtype``, of weight in float32.
 
     N are tokens. Chunks are as large as their memory allows: after each, a gradient of the weight is added up in float32.
     """
@@ -104,7 +105,7 @@ def _loss(
         given_NV, targets_N1 = logits_NV[part], targets_N[part, None]
         p_NV = space[: part.stop - part.start].copy_(given_NV)
         slope_NV = None if softcap is None else _cap_(p_NV, softcap)
-        torch._softmax(p_NV, -1, False, out=p_NV)
+        torch.softmax(p_NV, -1, out=p_NV)
         p_N1 = p_NV.gather(1, targets_N1)
         nats.append(-p_N1.squeeze(1).log())
         if (p_N1 < 1e-30).any():  # almost, or altogether, beyond float32
