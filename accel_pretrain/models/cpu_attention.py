@@ -93,10 +93,10 @@ def _some_gradients(
         k_XSE, v_XSE = k_XTE[:, first:end], v_XTE[:, first:end]
         weights_XRS = torch.baddbmm(nothing, q_XRE, k_XSE.transpose(1, 2), beta=0, alpha=scale)
         _hide(weights_XRS.view(B * H, end - start, -1), start - first, window)
-        torch._softmax(weights_XRS, -1, False, out=weights_XRS)
+        torch.softmax(weights_XRS, -1, out=weights_XRS)
         v_grad_XSE = torch.bmm(weights_XRS.transpose(1, 2), out_grad_XRE)
         score_grad_XRS = torch.bmm(out_grad_XRE, v_XSE.transpose(1, 2))
-        torch._softmax_backward_data(score_grad_XRS, weights_XRS, -1, q_BHTE.dtype, grad_input=score_grad_XRS)
+        torch.ops.aten._softmax_backward_data(score_grad_XRS, weights_XRS, -1, q_BHTE.dtype, grad_input=score_grad_XRS)
         k_grad_XSE = torch.baddbmm(nothing, score_grad_XRS.transpose(1, 2), q_XRE, beta=0, alpha=scale)
         q_grad_XRE = torch.baddbmm(nothing, score_grad_XRS, k_XSE, beta=0, alpha=scale)
         q_grad_BHTE[:, :, start:end] = q_grad_XRE.view(B, H, -1, E)

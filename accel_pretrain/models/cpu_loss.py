@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from accel_pretrain.loss import IGNORE
 
-_LOGIT_BYTES = 1 << 26  # of logits at a time, in the dtype of the products
+_LOGIT_BYTES = 1 << 27  # of logits at a time, in the dtype of the products
 _CACHE_BYTES = 1 << 22  # of logits at a time in float32
 _PAYS_FROM = 1 << 18  # logits in all: below, the calls cost more than the memory
 
@@ -78,14 +78,15 @@ def _chunked(
     chunks = -(-B * T * V * dtype.itemsize // _LOGIT_BYTES)
     rows = -(-B * T // chunks)
     nats_N, logits = torch.empty(B * T), torch.empty(rows, V, dtype=dtype)
-    gradients = (torch.empty_like(x_ND), torch.zeros(V, D)) if with_gradients else None
-    product_VD = torch.empty_like(lowered_VD) if with_gradients else None
+    gradients = (torch.empty_like(x_ND), torch.empty(V, D)) if with_gradients else None
+    product_VD = torch.empty_like(lowered_VD if with_gradients else lowered_VD[:0])
     for part in _pieces(B * T, rows):
         logits_NV = torch.mm(x_ND[part], lowered_VD.t(), out=logits[: part.stop - part.start])
         nats_N[part] = _loss(logits_NV, targets_N[part], softcap, with_gradients, None if counts_N is None else counts_N[part])
         if gradients is not None:
             torch.mm(logits_NV, lowered_VD, out=gradients[0][part])
-            gradients[1].add_(torch.mm(logits_NV.t(), x_ND[part], out=product_VD))
+            torch.mm(logits_NV.t(), x_ND[part], out=product_VD)
+            gradients[1].add_(product_VD) if part.start else gradients[1].copy_(product_VD)
     nats_B = nats_N.masked_fill_(ignored_N, 0).view(B, T).sum(dim=1)
     return nats_B, None if gradients is None else (gradients[0].view(B, T, D), gradients[1])
 
