@@ -23,9 +23,9 @@ from packaging.version import Version
 
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import reported
+from accel_pretrain.launchers import environment_of_its_own, launcher_variables
 from accel_pretrain.proofs import Result, prove
 from accel_pretrain.redaction import looks_secret, redact
-from accel_pretrain.runtime import environment_of_its_own, launcher_variables
 from accel_pretrain.typed_yaml import load, parse_command_line
 
 USAGE = """\

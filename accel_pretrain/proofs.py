@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from accel_pretrain.config import Plan, RunConfig, make_plan, open_splits
 from accel_pretrain.errors import PretrainError
+from accel_pretrain.launchers import environment_of_its_own
 from accel_pretrain.metrics import METRICS_FILE, read_metrics
-from accel_pretrain.runtime import environment_of_its_own
 from accel_pretrain.schedule import Constant
 from accel_pretrain.tokenizer import load_tokenizer
 from accel_pretrain.typed_yaml import to_yaml

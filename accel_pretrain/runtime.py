@@ -1,29 +1,27 @@
-"""The process and its surroundings: the Accelerator, device, precision, random seeds, launchers, and agreement.
+"""The process and its device: the Accelerator, precision, threads, compilation, random seeds, and agreement among processes.
 
-The only module that reads the environment variables of launchers. Machines are described there and in
-``accelerate_config.yaml``; numbers that change the result are described in the config file.
+Machines are described by what a launcher sets in the environment and in ``accelerate_config.yaml``; numbers that change the
+result are described in the config file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
 from accel_pretrain.errors import ConfigError, refuse
+from accel_pretrain.launchers import launched, meeting_place, refuse_missing_processes
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
 
@@ -42,9 +40,9 @@ class TrainingConfig:
     epochs: float | None = option(None, "passes over the training data", aliases=("num_epochs",))
     grad_clip: float | None = option(1.0, "largest norm of the gradient; null: no clipping", aliases=("max_grad_norm",))
     mixed_precision: Literal["no", "bf16", "fp16", "float32", "bfloat16", "float16"] | None = option(
-        None, "no | bf16 | fp16; null: the launcher's, else bf16 on a GPU that has it", aliases=("dtype",)
+        None, "no | bf16 | fp16; null: the launcher's, else bf16 where the GPU or CPU computes in it", aliases=("dtype",)
     )
-    compile: bool = option(False, "compile the blocks with torch.compile (takes a minute, pays off in long runs)")
+    compile: bool | None = option(None, "compile the blocks with torch.compile; null: in runs so long that it pays")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
     cpu_threads: int | None = option(None, "threads per process on a CPU; null: the cores shared among the processes here")
     seed: int = option(42, "of the initial weights, the data order and dropout")
@@ -93,6 +91,8 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
     precision, _ = resolve_precision(training, cpu)
     refuse((precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"))
     if cpu:
+        # Huge pages for large tensors, where Linux lets one ask for them. PyTorch looks when it makes its first tensor.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         torch.set_num_threads(_threads(training.cpu_threads))
     # Longer than the watchdog of any process waits, so that it is the one to say where a run hangs.
     timeout = timedelta(seconds=3 * (training.hang_timeout or 24 * 3600) + 60)
@@ -107,7 +107,7 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
         # Rotary tables are buffers and equal everywhere: broadcasting them at every forward would only cost time.
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timeout, init_method=_meeting_place()),
+            InitProcessGroupKwargs(timeout=timeout, init_method=meeting_place()),
         ],
         log_with=[*log_with] or None,
         project_dir=str(run_dir),
@@ -115,7 +115,7 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise ConfigError(f"the launcher started {expected} processes, but Accelerate sees {accelerator.num_processes}")
-    _refuse_missing_processes(cpu, accelerator.num_processes)
+    refuse_missing_processes(cpu, accelerator.num_processes)
     return accelerator
 
 
@@ -142,7 +142,7 @@ def resolve_precision(training: TrainingConfig, cpu: bool) -> tuple[str, str]:
         return _PRECISIONS[training.mixed_precision], "config"
     if launcher := os.environ.get("ACCELERATE_MIXED_PRECISION"):
         return launcher, "launcher"
-    capable = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    capable = _cpu_has_bf16() if cpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return ("bf16" if capable else "no"), "device"
 
 
@@ -157,6 +157,29 @@ def wandb_knows_me() -> bool:
         return True
     names = (".netrc", "_netrc")
     return any("wandb" in path.read_text(errors="replace") for name in names if (path := Path.home() / name).is_file())
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether there are instructions for products in bfloat16; where there are none, it is slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# Floating-point operations of a process from which compiling pays: about ten minutes of two cores, or of one GPU.
+_COMPILE_FROM_FLOPS = {"cpu": 1e15, "cuda": 1e17}
+
+
+def resolve_compile(training: TrainingConfig, flops: float, device: torch.device) -> tuple[bool, str | None]:
+    """Whether to compile, and a notice about it. A function of the config, not of the clock: a resumed run does the same."""
+    wanted = training.compile if training.compile is not None else flops >= _COMPILE_FROM_FLOPS.get(device.type, math.inf)
+    if not wanted:
+        return False, None
+    from torch._inductor import cpp_builder, exc  # takes seconds
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError):  # the second on Windows
+        return False, "not compiled: torch.compile needs a C++ compiler, such as g++, and found none"
+    return True, "the first update compiles the model's blocks; --compile false leaves that out"
 
 
 def describe_runtime(accelerator: Accelerator, training: TrainingConfig) -> str:
@@ -180,128 +203,6 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     resumed run draws the same ones without any saved random state.
     """
     torch.manual_seed(key_of(seed, step, micro_batch))
-
-
-# ------------------------------------------------------------------------------------------------------------ launchers
-
-
-def launched() -> bool:
-    """Whether a launcher, Accelerate's or torch's, started this process; a person may have exported Accelerate's variables."""
-    return elastic() or ("ACCELERATE_MIXED_PRECISION" in os.environ and _is_accelerate(parent_command()))
-
-
-def elastic() -> bool:
-    """Whether torch's elastic launcher watches this process; ``accelerate launch`` uses it for more than one."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _meeting_place() -> str | None:
-    """Where processes that an elastic launcher starts find each other; None leaves it to Accelerate.
-
-    After a restart (``--max_restarts``) the launcher's store still holds the addresses of the dead processes, and torch
-    2.13 may wait for those for ever. So each start gets a part of the store for itself.
-    """
-    if not elastic():
-        return None
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
-
-    start = f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-
-    def meet(url: str, **options: Any) -> Iterator[tuple[PrefixStore, int, int]]:
-        for store, rank, world_size in rendezvous(url.replace("restartable:", "env:", 1), **options):
-            yield PrefixStore(start, store), rank, world_size
-
-    with contextlib.suppress(RuntimeError):  # it is registered already
-        register_rendezvous_handler("restartable", meet)
-    return "restartable://"
-
-
-_LAUNCHERS = (
-    "ACCELERATE_",
-    "FSDP_",
-    "TORCHELASTIC_",
-    "TORCH_NCCL_",
-    "MASTER_",
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_",
-    "GROUP_",
-    "ROLE_",
-)
-
-
-def launcher_variables() -> dict[str, str]:
-    """What a launcher, or a person in its place, has set in the environment."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_LAUNCHERS)}
-
-
-def environment_of_its_own(**extra: str) -> dict[str, str]:
-    """The environment for a run that another program starts: this one without what a launcher has set, and ``extra``."""
-    dropped = launcher_variables().keys() - {"ACCELERATE_USE_CPU"}
-    return {name: value for name, value in os.environ.items() if name not in dropped} | extra
-
-
-def is_restart() -> bool:
-    """Whether a launcher (``--max_restarts``) or Slurm (requeue) has started this command again by itself."""
-    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-
-
-def slurm_job() -> str | None:
-    """The number of the Slurm job that this process belongs to."""
-    return os.environ.get("SLURM_JOB_ID")
-
-
-def parent_command() -> list[str]:
-    """The command line of the process that started this one; empty where the system does not tell."""
-    try:
-        if sys.platform == "linux":
-            return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-        shown = subprocess.run(["ps", "-o", "command=", "-p", str(os.getppid())], capture_output=True, text=True, timeout=5)
-        return shown.stdout.split()
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-
-
-def _is_accelerate(words: list[str]) -> bool:
-    """Whether a command line is that of ``accelerate launch``, in one of the ways to type it."""
-    return any(Path(word).name.startswith("accelerate") for word in words[:4])
-
-
-def _asked_for(words: list[str]) -> int:
-    """How many processes a command line of ``accelerate launch`` asks for, itself or in its config file; 1 if it is none."""
-    if not _is_accelerate(words):
-        return 1
-    values: dict[str, str] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name in ("--num_processes", "--num-processes", "--config_file", "--config-file"):
-            values.setdefault(name.replace("-", "_"), value if equals else following)
-    number = values.get("__num_processes")
-    if number is None:
-        file = values.get("__config_file") or (None if "--cpu" in words else default_config_file)
-        try:
-            document = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
-            alone = str(document.get("distributed_type", "NO")) in ("NO", "False")
-            number = "1" if alone else document.get("num_processes", 1)
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
-            number = "1"
-    return int(number) if str(number).isdigit() else 1
-
-
-def _refuse_missing_processes(cpu: bool, seen: int) -> None:
-    """``accelerate launch --cpu --num_processes 2`` starts one process, and says nothing."""
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ or elastic():
-        return
-    asked = _asked_for(parent_command())
-    instead = f"accelerate launch --multi_gpu --num_processes {asked} -m accel_pretrain.train ..."
-    refuse(
-        (
-            asked > seen,
-            f"accelerate launch was asked for {asked} processes and started {seen}; "
-            f"type: {'ACCELERATE_USE_CPU=1 ' if cpu else ''}{instead} (without --cpu)",
-        )
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------- agreement

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from accel_pretrain.runtime import elastic, launched, parent_command, slurm_job
+from accel_pretrain.launchers import elastic, launched, parent_command, slurm_job
 
 PATIENCE = 5.0  # seconds: an update that would take longer than this to finish is dropped. Launchers kill after 30
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]

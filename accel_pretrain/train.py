@@ -31,11 +31,12 @@ from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
 from accel_pretrain.guard import Guard
+from accel_pretrain.launchers import is_restart
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.run import TrainingRun
-from accel_pretrain.runtime import build_accelerator, describe_runtime, is_restart, seed_everything, together
+from accel_pretrain.runtime import build_accelerator, describe_runtime, resolve_compile, seed_everything, together
 from accel_pretrain.saver import Saver
 from accel_pretrain.session import Session, session, watched
 from accel_pretrain.stopping import follow_the_launcher
@@ -170,7 +171,9 @@ def assemble(
         begin_with(module, origin, splits)
     model, optimizer = accelerator.prepare(module, config.optimizer.build(module))
     state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
-    if config.training.compile:
+    flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
+    compiled, notice = resolve_compile(config.training, flops, accelerator.device)
+    if compiled:
         for layer in module.layers:  # in place: parameter names stay, and DDP still overlaps its communication
             layer.compile()
     with together(accelerator, PretrainError):
@@ -196,7 +199,7 @@ def assemble(
         ),
     )  # fmt: skip
     run.batches.leave_out(state.health.left_out)
-    announce(run, state, checkpoint or origin)
+    announce(run, state, checkpoint or origin, notice)
     run.status.progress(step=state.step, tokens=state.tokens, checkpoint=checkpoint)
     run.log.start_trackers(config.logging, to_plain(config))
     return run, state
@@ -301,7 +304,7 @@ def _flat_config(config: RunConfig) -> dict[str, object]:
     return {f"{section}.{key}": value for section, values in to_plain(config).items() for key, value in values.items()}
 
 
-def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None) -> None:
+def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notice: str | None) -> None:
     """The lines before the first update: what is about to happen, on what."""
     plan, say = run.plan, run.log.line
     trainable = sum(parameter.numel() for parameter in run.parameters if parameter.requires_grad)
@@ -318,8 +321,9 @@ def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None) -> No
     say(f"Max iterations: {plan.max_iters} ({plan.epochs:g} passes over the data)")
     for part in plan.mixture:
         say(f"Mixture: {part}")
-    for notice in notices(run.config, plan, run.splits, cpu=run.accelerator.device.type == "cpu"):
-        say(f"Notice: {notice}")
+    found = notices(run.config, plan, run.splits, cpu=run.accelerator.device.type == "cpu")
+    for line in (*found, *([notice] if notice else [])):
+        say(f"Notice: {line}")
     say(RULE)
 
 

@@ -43,7 +43,7 @@ def our_run(folder: Path) -> TrainingRun:
     config = RunConfig(
         data=DataConfig(train_data_path=folder / "train.bin", val_data_path=folder / "train.bin"),
         model=SHAPE,
-        training=TrainingConfig(batch_size=BATCH, gradient_accumulation_steps=MICRO_STEPS, device="cpu"),
+        training=TrainingConfig(batch_size=BATCH, gradient_accumulation_steps=MICRO_STEPS, device="cpu", mixed_precision="no"),
         checkpoint=CheckpointConfig(checkpoint_dir=folder / "run"),
     )
     splits = open_splits(config.data)

@@ -44,6 +44,8 @@ TINY = [
     "cpu",
     "--cpu_threads",
     "1",
+    "--mixed_precision",  # the same numbers on every processor
+    "no",
 ]
 
 Train = Callable[..., int]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from accel_pretrain.runtime import _asked_for
+from accel_pretrain.launchers import _asked_for
 from tests.processes import (  # noqa: F401
     arguments,
     command,

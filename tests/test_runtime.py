@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from accel_pretrain import runtime
+from accel_pretrain import launchers, runtime
 from accel_pretrain.commit import problem_with
 from accel_pretrain.errors import CheckpointError, ConfigError
 from accel_pretrain.runtime import (
@@ -21,6 +21,7 @@ from accel_pretrain.runtime import (
     _threads,
     all_agree,
     build_accelerator,
+    resolve_compile,
     resolve_precision,
     seed_dropout,
     together,
@@ -49,6 +50,9 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, None, "bf16 GPU", ("bf16", "device")),
         (None, None, "old GPU", ("no", "device")),
         (None, None, "cpu", ("no", "device")),
+        (None, None, "bf16 CPU", ("bf16", "device")),
+        (None, "no", "bf16 CPU", ("no", "launcher")),
+        ("no", None, "bf16 CPU", ("no", "config")),
     ],
 )
 def test_precision_is_the_configs_else_the_launchers_else_the_devices(
@@ -56,9 +60,38 @@ def test_precision_is_the_configs_else_the_launchers_else_the_devices(
 ) -> None:
     if launcher is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: device != "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device.endswith("GPU"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: device == "bf16 GPU")
-    assert resolve_precision(TrainingConfig(mixed_precision=wanted), cpu=device == "cpu") == expected
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: device == "bf16 CPU")
+    assert resolve_precision(TrainingConfig(mixed_precision=wanted), cpu=not device.endswith("GPU")) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "flops", "expected"),
+    [
+        (None, "cpu", 9e14, False),
+        (None, "cpu", 1e15, True),
+        (None, "cuda", 9e16, False),
+        (None, "cuda", 1e17, True),
+        (None, "mps", 1e30, False),
+        (True, "cpu", 0, True),
+        (False, "cpu", 1e30, False),
+    ],
+)
+def test_runs_are_compiled_where_it_pays_or_where_one_says_so(
+    monkeypatch: pytest.MonkeyPatch, wanted: bool | None, device: str, flops: float, expected: bool
+) -> None:
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
+    compiled, notice = resolve_compile(TrainingConfig(compile=wanted), flops, torch.device(device))
+    assert (compiled, notice is not None) == (expected, expected)
+
+
+def test_without_a_compiler_nothing_is_compiled_and_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    compiled, notice = resolve_compile(TrainingConfig(compile=True), 0, torch.device("cpu"))
+    assert not compiled
+    assert notice == "not compiled: torch.compile needs a C++ compiler, such as g++, and found none"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +139,7 @@ def test_threads_are_the_configs_else_the_persons_else_a_fair_share(
     monkeypatch: pytest.MonkeyPatch, wanted: int | None, variables: dict[str, str], expected: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(runtime, "parent_command", lambda: ["python", "/bin/accelerate", "launch"])
+    monkeypatch.setattr(launchers, "parent_command", lambda: ["python", "/bin/accelerate", "launch"])
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert _threads(wanted) == expected
@@ -123,10 +156,10 @@ def test_threads_are_the_configs_else_the_persons_else_a_fair_share(
 )
 def test_an_exported_variable_is_no_launcher(monkeypatch: pytest.MonkeyPatch, words: list[str], expected: bool) -> None:
     """``nohup bash -c 'export ACCELERATE_MIXED_PRECISION=bf16; ...'``: the end of that shell is not the end of the run."""
-    monkeypatch.setattr(runtime, "parent_command", lambda: words)
-    assert not runtime.launched()
+    monkeypatch.setattr(launchers, "parent_command", lambda: words)
+    assert not launchers.launched()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert runtime.launched() == expected
+    assert launchers.launched() == expected
 
 
 def test_dropout_is_a_function_of_the_update_and_of_the_micro_batch() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from accel_pretrain.models import cpu_attention
 from accel_pretrain.models.config import ModelConfig
 from accel_pretrain.models.kv_cache import KVCache
 from accel_pretrain.models.norm import build_head_norm
@@ -18,12 +19,14 @@ class View(NamedTuple):
     """What the layers of one kind (full or sliding) share in one forward pass: rotary angles, and which keys are seen.
 
     ``rope`` is as in :func:`~accel_pretrain.models.rope.rotate`, None with learned positions. ``mask`` is boolean, (T, S) or
-    (B, 1, T, S), True where a query sees a key; None means all keys, or those up to its own if ``is_causal``.
+    (B, 1, T, S), True where a query sees a key; None means all keys, or those up to its own if ``is_causal``. ``window`` is how
+    many keys a query sees where ``mask`` says nothing else.
     """
 
     rope: torch.Tensor | None
     mask: torch.Tensor | None
     is_causal: bool
+    window: int | None = None
 
 
 def visible(
@@ -56,6 +59,9 @@ def attend(
 
     Through PyTorch's fused kernels, which know no soft cap: with one, step by step, in O(T S) memory.
     """
+    causal = view.is_causal or view.window is not None
+    if causal and softcap is None and dropout == 0 and cpu_attention.fits(q_BHTE, k_BGSE, v_BGSE):
+        return cpu_attention.causal_attention(q_BHTE, k_BGSE, v_BGSE, scale, view.window)
     grouped = k_BGSE.shape[1] != q_BHTE.shape[1]
     # torch.compile's gradients of the grouped kernel with dropout are not finite on a CPU
     if grouped and (softcap is not None or dropout > 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -47,6 +48,33 @@ def rotate(x_BHTE: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     ``rope`` is a (2, T, E) slice of the table, or (2, B, 1, T, E) where the sequences of a batch stand at different positions.
     """
     cos, sin = rope[0], rope[1]
+    if x_BHTE.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _RotateInFewPasses.apply(x_BHTE, cos, sin)  # type: ignore[return-value]
     low, high = x_BHTE.float().chunk(2, dim=-1)
     turned = x_BHTE * cos + torch.cat((-high, low), dim=-1) * sin
+    return turned.to(x_BHTE.dtype)
+
+
+class _RotateInFewPasses(torch.autograd.Function):
+    """The same for a CPU, at twice the speed; the gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _halves_turned(x_BHTE, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _halves_turned(grads[0], cos, -sin), None, None
+
+
+def _halves_turned(x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x_BHTE.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]  # the other half is the same
+    exact = x_BHTE.float()
+    turned = torch.empty_like(exact)
+    (low, high), (turned_low, turned_high) = exact.split(half, dim=-1), turned.split(half, dim=-1)
+    torch.mul(low, cos, out=turned_low).addcmul_(high, sin, value=-1)
+    torch.mul(high, cos, out=turned_high).addcmul_(low, sin)
     return turned.to(x_BHTE.dtype)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from accel_pretrain.loss import next_token_loss
+from accel_pretrain.models import cpu_loss
 from accel_pretrain.models.attention import Attention, View, visible
 from accel_pretrain.models.config import ModelConfig
 from accel_pretrain.models.kv_cache import KVCache
@@ -153,7 +154,10 @@ class Transformer(nn.Module):
             cache.advance(tokens_BT.shape[1])
         if last_only:
             x_BTD = x_BTD[:, -1:]
-        logits_BTV = self.unembed(self.norm(x_BTD))
+        x_BTD = self.norm(x_BTD)
+        if targets_BT is not None and cpu_loss.fits(x_BTD, self.vocab_size):
+            return cpu_loss.head_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
+        logits_BTV = self.unembed(x_BTD)
         if config.logit_softcap is not None:
             logits_BTV = config.logit_softcap * torch.tanh(logits_BTV / config.logit_softcap)
         return logits_BTV if targets_BT is None else next_token_loss(logits_BTV, targets_BT)
@@ -177,7 +181,8 @@ class Transformer(nn.Module):
         if self.config.sliding_window is None:
             return positions, (full, full)
         window = self.config.sliding_window
-        return positions, (full, View(self._angles(positions, sliding=True), *visible(T, end, window, padding_B, device)))
+        sliding = View(self._angles(positions, sliding=True), *visible(T, end, window, padding_B, device))
+        return positions, (full, sliding._replace(window=window if padding_B is None else None))
 
     def _angles(self, positions: slice | torch.Tensor, *, sliding: bool) -> torch.Tensor | None:
         if self.config.position == "learned":

@@ -1,0 +1,135 @@
+"""Who started this process: Accelerate's launcher, torch's, Slurm, a restart, or a person; and what they asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.commands.config.config_args import default_config_file
+
+from accel_pretrain.errors import refuse
+
+
+def launched() -> bool:
+    """Whether a launcher, Accelerate's or torch's, started this process; a person may have exported Accelerate's variables."""
+    return elastic() or ("ACCELERATE_MIXED_PRECISION" in os.environ and _is_accelerate(parent_command()))
+
+
+def elastic() -> bool:
+    """Whether torch's elastic launcher watches this process; ``accelerate launch`` uses it for more than one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def meeting_place() -> str | None:
+    """Where processes that an elastic launcher starts find each other; None leaves it to Accelerate.
+
+    After a restart (``--max_restarts``) the launcher's store still holds the addresses of the dead processes, and torch
+    2.13 may wait for those for ever. So each start gets a part of the store for itself.
+    """
+    if not elastic():
+        return None
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+    start = f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+    def meet(url: str, **options: Any) -> Iterator[tuple[PrefixStore, int, int]]:
+        for store, rank, world_size in rendezvous(url.replace("restartable:", "env:", 1), **options):
+            yield PrefixStore(start, store), rank, world_size
+
+    with contextlib.suppress(RuntimeError):  # it is registered already
+        register_rendezvous_handler("restartable", meet)
+    return "restartable://"
+
+
+_LAUNCHERS = (
+    "ACCELERATE_",
+    "FSDP_",
+    "TORCHELASTIC_",
+    "TORCH_NCCL_",
+    "MASTER_",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+)
+
+
+def launcher_variables() -> dict[str, str]:
+    """What a launcher, or a person in its place, has set in the environment."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_LAUNCHERS)}
+
+
+def environment_of_its_own(**extra: str) -> dict[str, str]:
+    """The environment for a run that another program starts: this one without what a launcher has set, and ``extra``."""
+    dropped = launcher_variables().keys() - {"ACCELERATE_USE_CPU"}
+    return {name: value for name, value in os.environ.items() if name not in dropped} | extra
+
+
+def is_restart() -> bool:
+    """Whether a launcher (``--max_restarts``) or Slurm (requeue) has started this command again by itself."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def slurm_job() -> str | None:
+    """The number of the Slurm job that this process belongs to."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def parent_command() -> list[str]:
+    """The command line of the process that started this one; empty where the system does not tell."""
+    try:
+        if sys.platform == "linux":
+            return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        shown = subprocess.run(["ps", "-o", "command=", "-p", str(os.getppid())], capture_output=True, text=True, timeout=5)
+        return shown.stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+
+
+def _is_accelerate(words: list[str]) -> bool:
+    """Whether a command line is that of ``accelerate launch``, in one of the ways to type it."""
+    return any(Path(word).name.startswith("accelerate") for word in words[:4])
+
+
+def _asked_for(words: list[str]) -> int:
+    """How many processes a command line of ``accelerate launch`` asks for, itself or in its config file; 1 if it is none."""
+    if not _is_accelerate(words):
+        return 1
+    values: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes", "--config_file", "--config-file"):
+            values.setdefault(name.replace("-", "_"), value if equals else following)
+    number = values.get("__num_processes")
+    if number is None:
+        file = values.get("__config_file") or (None if "--cpu" in words else default_config_file)
+        try:
+            document = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
+            alone = str(document.get("distributed_type", "NO")) in ("NO", "False")
+            number = "1" if alone else document.get("num_processes", 1)
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            number = "1"
+    return int(number) if str(number).isdigit() else 1
+
+
+def refuse_missing_processes(cpu: bool, seen: int) -> None:
+    """``accelerate launch --cpu --num_processes 2`` starts one process, and says nothing."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or elastic():
+        return
+    asked = _asked_for(parent_command())
+    instead = f"accelerate launch --multi_gpu --num_processes {asked} -m accel_pretrain.train ..."
+    refuse(
+        (
+            asked > seen,
+            f"accelerate launch was asked for {asked} processes and started {seen}; "
+            f"type: {'ACCELERATE_USE_CPU=1 ' if cpu else ''}{instead} (without --cpu)",
+        )
+    )
