@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from accel_pretrain.models import ModelConfig
+from accel_pretrain.models import ModelConfig, cpu_loss
 
 FP32 = 4
 _GATE_INPUTS = 32  # of a value embedding
@@ -106,6 +106,17 @@ class Workload:
         return FP32 if self.precision == "no" else 2
 
     @property
+    def own_attention(self) -> bool:
+        """Whether attention goes through :mod:`accel_pretrain.models.cpu_attention`."""
+        plain = self.model.attention_softcap is None and not self.model.dropout
+        return plain and self.device == "cpu" and self.precision == "bf16"
+
+    @property
+    def loss_in_chunks(self) -> bool:
+        """Whether the loss goes through :mod:`accel_pretrain.models.cpu_loss`."""
+        return self.device == "cpu" and self.precision != "fp16" and self.tokens * self.vocab_size >= cpu_loss.PAYS_FROM
+
+    @property
     def parameters(self) -> int:
         return sum(parameters(self.model, self.vocab_size).values())
 
@@ -123,17 +134,13 @@ class Memory:
 
 
 def kept_by_norm(load: Workload, numbers: int, *, heads: int = 0, width: int = FP32) -> int:
-    """Bytes per token that a norm of so many numbers, or one per head, keeps: its input, statistics, the input normalised.
+    """Bytes per token that a norm of so many numbers, or one per head, keeps: its input, and statistics.
 
     The residual stream is float32. RMSNorm makes a float32 copy of another input; LayerNorm takes it as wide as it is.
     """
-    kind = load.model.norm
-    if kind == "layernorm" and not heads:
+    if load.model.norm == "layernorm" and not heads:
         return numbers * (width if load.device == "cpu" else FP32) + 2 * FP32
-    statistics = FP32 * (heads or 1)
-    if kind == "rmsnorm_plain" or load.device != "cpu":  # the fused kernel of GPUs normalises again in the backward pass
-        return numbers * FP32 + statistics
-    return 2 * numbers * FP32 + statistics
+    return numbers * FP32 + FP32 * (heads or 1)
 
 
 def kept_by_attention(load: Workload, layer: int) -> tuple[int, int]:
@@ -154,10 +161,10 @@ def kept_by_attention(load: Workload, layer: int) -> tuple[int, int]:
         return kept, once + T * T
     if model.dropout and load.device == "cpu":  # no fused kernel there: weights, mask, weights that are left, in float32
         return kept + 3 * HE * FP32 + 3 * FP32 * H * T, 0
-    kept += (HE + 2 * GE) * a + FP32 * H  # q, k, v and the sum of exponentials; the output is o_proj's input,
-    if model.qk_norm and load.device == "cpu":  # unless the norm has laid out the queries otherwise
-        kept += HE * a
-    return kept, T * T * a if slides else 0
+    kept += (HE + 2 * GE) * a  # q, k, v; the output is o_proj's input
+    if load.own_attention:
+        return kept, 0
+    return kept + FP32 * H, T * T * a if slides else 0  # sums of exponentials, and the mask
 
 
 def kept_by_block(load: Workload, layer: int) -> int:
@@ -166,7 +173,7 @@ def kept_by_block(load: Workload, layer: int) -> int:
     D, F, H, E = model.d_model, model.ff_width, model.num_heads, model.head_width
     attention, once = kept_by_attention(load, layer)
     if load.compiled:  # what inductor keeps: inputs of matrix products, queries, keys, values; it computes the rest again
-        heads = 2 * (H + model.kv_heads) * E * a + FP32 * H
+        heads = 2 * (H + model.kv_heads) * E * a + (0 if load.own_attention else FP32 * H)
         if model.attention_softcap is not None or (model.dropout and load.device == "cpu"):
             heads = attention
         return N * (D * FP32 + 3 * D * a + heads + (3 if model.is_gated else 2) * F * a + 2 * FP32) + once
@@ -184,7 +191,8 @@ def kept_outside_blocks(load: Workload) -> int:
     """Bytes that are kept before the first block and after the last, but for the logits: ids, targets, the last norm."""
     model, D, N = load.model, load.model.d_model, load.tokens
     mask = (D * (FP32 if load.device == "cpu" else 1)) if model.dropout else 0
-    return N * (16 + mask + kept_by_norm(load, D) + D * load.width) + 8 * load.batch_size
+    normed = D * (FP32 if load.loss_in_chunks else load.width)
+    return N * (16 + mask + kept_by_norm(load, D) + normed) + 8 * load.batch_size
 
 
 def activations(load: Workload) -> int:
@@ -195,8 +203,15 @@ def activations(load: Workload) -> int:
 def logits(load: Workload) -> int:
     """Bytes of what has the size of the logits at its fullest, in the first moments of the backward pass.
 
-    log-probabilities, their gradient, and the gradient of the logits, all float32; with a soft cap also its tanh.
+    log-probabilities, their gradient, and the gradient of the logits, all float32; with a soft cap also its tanh. In chunks:
+    those of one chunk, a piece of it in float32, and what a chunk adds to the gradient of the output matrix.
     """
+    if load.loss_in_chunks:
+        capped = 1 if load.model.logit_softcap is not None else 0  # its slope
+        matrix, whole = load.vocab_size * load.model.d_model, load.tokens * load.vocab_size * load.width
+        piece = min(cpu_loss.CACHE_BYTES, FP32 * load.tokens * load.vocab_size)
+        lowered = 0 if load.width == FP32 else load.width * (matrix + load.tokens * load.model.d_model)
+        return math.ceil(whole / math.ceil(whole / cpu_loss.LOGIT_BYTES)) + (1 + capped) * piece + lowered + load.width * matrix
     capped = load.width if load.model.logit_softcap is not None else 0
     return load.tokens * load.vocab_size * (3 * FP32 + capped)
 
@@ -205,12 +220,9 @@ def weight_copies(load: Workload) -> int:
     """Bytes of the matrices that autocast has copied to 16 bits, kept until the backward pass has used them."""
     if load.width == FP32:
         return 0
-    model = load.model
-    return 2 * (sum(flops_per_token(model, load.vocab_size).values()) - _score_flops(load)) // 6
-
-
-def _score_flops(load: Workload) -> int:
-    return flops_per_token(load.model, load.vocab_size)["attention scores"]
+    groups = flops_per_token(load.model, load.vocab_size)
+    copied = sum(groups.values()) - groups["attention scores"] - (groups["output"] if load.loss_in_chunks else 0)
+    return 2 * copied // 6
 
 
 def tables(load: Workload) -> int:
@@ -225,10 +237,10 @@ def tables(load: Workload) -> int:
 def memory(load: Workload) -> Memory:
     """The fullest moment of an update on one device.
 
-    Three moments can be it: the loss (all activations and three times the logits), the output matrix's gradient (all
-    activations, one gradient of the logits, and that matrix's), and the update (all gradients). Gradients exist throughout
-    where they are accumulated, beside the buckets of DDP, which stand from the first update on; else they come as the
-    activations go.
+    Three moments can be it: the loss (all activations and three times the logits, or a chunk of them and the gradients at the
+    output), the output matrix's gradient (all activations, one gradient of the logits, and that matrix's), and the update (all
+    gradients). Gradients exist throughout where they are accumulated, beside the buckets of DDP, which stand from the first
+    update on; else they come as the activations go.
     """
     shard = load.world_size if load.strategy == "fsdp2" else 1
     weights = FP32 * load.parameters
@@ -243,12 +255,17 @@ def memory(load: Workload) -> Memory:
     elif load.world_size > 1:
         standing["buckets of DDP"] = weights
     head = N * (load.vocab_size * (FP32 if load.width == FP32 else FP32 + load.width) + 2 * load.model.d_model * load.width)
+    known = 0
+    if load.loss_in_chunks:  # then the gradients of the output matrix and of its input are known in the forward pass already
+        known = output + N * load.model.d_model * load.width
+        head = 0 if load.width == FP32 else N * load.model.d_model * FP32
     again = output if early else 0  # a new gradient is made beside the one that it is added to,
-    again += 2 * output if load.model.tie_embeddings else 0  # and that of a tied matrix is the sum of two
+    if load.model.tie_embeddings:  # and that of a tied matrix is the sum of two; known early, one serves as the sum
+        again += output if load.loss_in_chunks else 2 * output
     forward = {"weight copies": copies, "activations": kept}
     moments = [
-        Memory("the loss", {**standing, "gradients": early, **forward, "logits": logits(load)}),
-        Memory("the gradient of the output", {**standing, "gradients": early + output, **forward, "logits": head}),
+        Memory("the loss", {**standing, "gradients": early + known, **forward, "logits": logits(load)}),
+        Memory("the gradient of the output", {**standing, "gradients": early + max(known, output), **forward, "logits": head}),
         Memory("the end of the backward pass", {**standing, "gradients": gradients + again}),
     ]
     return max(moments, key=lambda moment: moment.total)

@@ -150,8 +150,8 @@ def plain_loss(x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.T
 def test_loss_in_float32_is_exact(
     monkeypatch: pytest.MonkeyPatch, softcap: float | None, ignored: int, counts: list[float], rows: int
 ):
-    monkeypatch.setattr(cpu_loss, "_LOGIT_BYTES", 4 * V * rows)
-    monkeypatch.setattr(cpu_loss, "_CACHE_BYTES", 4 * V * 3)
+    monkeypatch.setattr(cpu_loss, "LOGIT_BYTES", 4 * V * rows)
+    monkeypatch.setattr(cpu_loss, "CACHE_BYTES", 4 * V * 3)
     inputs, targets_BT = loss_inputs()
     targets_BT.view(-1)[:ignored] = IGNORE
     counts_B = torch.tensor(counts)
@@ -268,7 +268,7 @@ def test_models_have_the_same_loss_and_gradients(config: ModelConfig, dtype: tor
     torch.manual_seed(0)
     model = Transformer(replace(config, init_std=0.1), 300)
     ids_BS = torch.randint(300, (4, 161), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(cpu_loss, "_PAYS_FROM", 1)
+    monkeypatch.setattr(cpu_loss, "PAYS_FROM", 1)
     quick = loss_and_grads(model, dtype, ids_BS)
     monkeypatch.setattr(cpu_attention, "fits", lambda *_: False)
     monkeypatch.setattr(cpu_loss, "fits", lambda *_: False)

@@ -9,15 +9,15 @@ from torch.nn import functional as F
 
 from accel_pretrain.loss import IGNORE
 
-_LOGIT_BYTES = 1 << 27  # of logits at a time, in the dtype of the products
-_CACHE_BYTES = 1 << 22  # of logits at a time in float32
-_PAYS_FROM = 1 << 18  # logits in all: below, the calls cost more than the memory
+LOGIT_BYTES = 1 << 27  # of logits at a time, in the dtype of the products
+CACHE_BYTES = 1 << 22  # of logits at a time in float32
+PAYS_FROM = 1 << 18  # logits in all: below, the calls cost more than the memory
 
 
 def fits(x_BTD: torch.Tensor, vocab_size: int) -> bool:
     """Whether :func:`head_loss` pays: on a CPU, in float32 or, under autocast, bfloat16."""
     known = x_BTD.device.type == "cpu" and _dtype_of_products(x_BTD) in (torch.float32, torch.bfloat16)
-    return known and x_BTD[..., 0].numel() * vocab_size >= _PAYS_FROM
+    return known and x_BTD[..., 0].numel() * vocab_size >= PAYS_FROM
 
 
 def head_loss(x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -75,7 +75,7 @@ def _chunked(
     counts_N = torch.ones(B * T) if counts_B is None else counts_B.float().repeat_interleave(T)
     counts_N = None if counts_B is None and not ignored_N.any() else counts_N.masked_fill_(ignored_N, 0)
     targets_N = targets_N.masked_fill(ignored_N, 0)
-    chunks = -(-B * T * V * dtype.itemsize // _LOGIT_BYTES)
+    chunks = -(-B * T * V * dtype.itemsize // LOGIT_BYTES)
     rows = -(-B * T // chunks)
     nats_N, logits = torch.empty(B * T), torch.empty(rows, V, dtype=dtype)
     gradients = (torch.empty_like(x_ND), torch.empty(V, D)) if with_gradients else None
@@ -100,18 +100,18 @@ def _loss(
 ) -> torch.Tensor:
     """Nats of each token, in float32. ``in_place`` writes their gradient, times the counts if given, over the logits."""
     (N, V), nats = logits_NV.shape, []
-    rows = max(1, _CACHE_BYTES // (4 * V))
-    space = torch.empty(min(rows, N), V)
+    rows = max(1, CACHE_BYTES // (4 * V))
+    space, slopes = torch.empty(min(rows, N), V), torch.empty(0 if softcap is None else min(rows, N), V)
     for part in _pieces(N, rows):
         given_NV, targets_N1 = logits_NV[part], targets_N[part, None]
         p_NV = space[: part.stop - part.start].copy_(given_NV)
-        slope_NV = None if softcap is None else _cap_(p_NV, softcap)
+        slope_NV = None if softcap is None else _cap_(p_NV, softcap, slopes)
         torch.softmax(p_NV, -1, out=p_NV)
         p_N1 = p_NV.gather(1, targets_N1)
         nats.append(-p_N1.squeeze(1).log())
         if (p_N1 < 1e-30).any():  # almost, or altogether, beyond float32
             exact_NV = given_NV.float()
-            _ = softcap and _cap_(exact_NV, softcap)
+            _ = softcap and _cap_(exact_NV, softcap, slopes)
             nats[-1] = F.cross_entropy(exact_NV, targets_N[part], reduction="none")
         if in_place:
             p_NV.scatter_add_(1, targets_N1, torch.full_like(p_N1, -1))
@@ -121,9 +121,9 @@ def _loss(
     return torch.cat(nats)
 
 
-def _cap_(logits: torch.Tensor, softcap: float) -> torch.Tensor:
-    """Apply c tanh(x / c) in place; its derivative."""
+def _cap_(logits: torch.Tensor, softcap: float, space: torch.Tensor) -> torch.Tensor:
+    """Apply c tanh(x / c) in place; its derivative, written into ``space``."""
     logits.div_(softcap).tanh_()
-    slope = 1 - logits.square()
+    slope = torch.square(logits, out=space[: len(logits)]).neg_().add_(1)
     logits.mul_(softcap)
     return slope
