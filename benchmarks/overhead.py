@@ -46,6 +46,7 @@ def our_run(folder: Path) -> TrainingRun:
         training=TrainingConfig(batch_size=BATCH, gradient_accumulation_steps=MICRO_STEPS, device="cpu", mixed_precision="no"),
         checkpoint=CheckpointConfig(checkpoint_dir=folder / "run"),
     )
+    config.checkpoint.checkpoint_dir.mkdir()
     splits = open_splits(config.data)
     accelerator = build_accelerator(config.training, [], folder / "run")
     plan = make_plan(config, splits, 1)

@@ -86,6 +86,7 @@ def ours(work: Work) -> Iterator[float]:
             ),
             checkpoint=CheckpointConfig(checkpoint_dir=Path(folder) / "run"),
         )  # fmt: skip
+        config.checkpoint.checkpoint_dir.mkdir()
         splits = open_splits(config.data)
         accelerator = build_accelerator(config.training, [], Path(folder) / "run")
         run, _ = assemble(config, make_plan(config, splits, 1), splits, accelerator, Session())
