@@ -12,6 +12,7 @@ from accel_pretrain.models import cpu_attention
 from accel_pretrain.models.config import ModelConfig
 from accel_pretrain.models.kv_cache import KVCache
 from accel_pretrain.models.norm import build_head_norm
+from accel_pretrain.models.precision import for_products
 from accel_pretrain.models.rope import rotate
 
 
@@ -98,6 +99,7 @@ class Attention(nn.Module):
         self.value_embedding = ValueEmbedding(config, vocab_size) if config.embeds_values(layer) else None
 
     def forward(self, x_BTD: torch.Tensor, tokens_BT: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
+        x_BTD = for_products(x_BTD)
         q_BTX, k_BTX, v_BTX = self.project(x_BTD)
         q_BHTE, k_BGSE = self.q_norm(self._heads(q_BTX)), self.k_norm(self._heads(k_BTX))
         v_BGSE = self._heads(v_BTX)

@@ -23,7 +23,21 @@ from accel_pretrain.models.attention import Attention, View, visible
 from accel_pretrain.models.config import ModelConfig
 from accel_pretrain.models.kv_cache import KVCache
 from accel_pretrain.models.norm import build_norm
+from accel_pretrain.models.precision import for_products
 from accel_pretrain.models.rope import rope_table
+
+
+class TokenEmbedding(nn.Embedding):
+    """A vector for each token. One that is tied to the output matrix has a sparse gradient on a CPU, which is added to the
+    output matrix's own: else a second V x D would be filled and added up.
+    """
+
+    def __init__(self, vocab_size: int, width: int, *, tied: bool) -> None:
+        super().__init__(vocab_size, width)
+        self.tied = tied
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.embedding(input, self.weight, sparse=self.tied and input.device.type == "cpu")
 
 
 class FeedForward(nn.Module):
@@ -39,6 +53,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(F, D, bias=config.bias)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_BTD = for_products(x_BTD)
         if self.is_gated:
             return self.down_proj(self._activate(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
         return self.down_proj(self._activate(self.up_proj(x_BTD)))
@@ -91,7 +106,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.embed_tokens = nn.Embedding(vocab_size, config.d_model)
+        self.embed_tokens = TokenEmbedding(vocab_size, config.d_model, tied=config.tie_embeddings)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.context_length, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
@@ -154,7 +169,7 @@ class Transformer(nn.Module):
             cache.advance(tokens_BT.shape[1])
         if last_only:
             x_BTD = x_BTD[:, -1:]
-        x_BTD = self.norm(x_BTD)
+        x_BTD = for_products(self.norm(x_BTD))
         if targets_BT is not None and cpu_loss.fits(x_BTD, self.vocab_size):
             return cpu_loss.head_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
         logits_BTV = self.unembed(x_BTD)
