@@ -174,8 +174,7 @@ def assemble(
     flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
     compiled, notice = resolve_compile(config.training, flops, accelerator.device)
     if compiled:
-        for layer in module.layers:  # in place: parameter names stay, and DDP still overlaps its communication
-            layer.compile()
+        module.compile_parts()
     with together(accelerator, PretrainError):
         log = RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters)
 

@@ -105,7 +105,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        self.config, self.vocab_size, self.compiled = config, vocab_size, False
         self.embed_tokens = TokenEmbedding(vocab_size, config.d_model, tied=config.tie_embeddings)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.context_length, config.d_model)
@@ -123,6 +123,12 @@ class Transformer(nn.Module):
             own = self.config.sliding_window is not None and self.config.sliding_rope_theta is not None
             self.register_buffer("rope", rope_table(self.config), persistent=False)
             self.register_buffer("sliding_rope", rope_table(self.config, sliding=True) if own else None, persistent=False)
+
+    def compile_parts(self) -> None:
+        """Compile each block, and the loss, in place: parameter names stay, and DDP still overlaps its communication."""
+        self.compiled = True
+        for layer in self.layers:
+            layer.compile()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -171,7 +177,7 @@ class Transformer(nn.Module):
             x_BTD = x_BTD[:, -1:]
         x_BTD = for_products(self.norm(x_BTD))
         if targets_BT is not None and cpu_loss.fits(x_BTD, self.vocab_size):
-            return cpu_loss.head_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
+            return cpu_loss.head_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap, compiled=self.compiled)
         logits_BTV = self.unembed(x_BTD)
         if config.logit_softcap is not None:
             logits_BTV = config.logit_softcap * torch.tanh(logits_BTV / config.logit_softcap)
