@@ -30,6 +30,7 @@ LEVELS = (
         "metrics",
         "trackers",
         "peers",
+        "machines",
         "checkpoint",
         "publish",
         "saver",
