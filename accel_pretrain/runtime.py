@@ -108,6 +108,7 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
     # Longer than the watchdog of any process waits, so that it is the one to say where a run hangs.
     timeout = timedelta(seconds=3 * (training.hang_timeout or 24 * 3600) + 60)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset", category=UserWarning)
     with meeting():
         accelerator = Accelerator(
             cpu=cpu,
@@ -123,6 +124,8 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
             log_with=[*log_with] or None,
             project_dir=str(run_dir),
         )
+    if cpu:
+        torch.set_num_threads(_threads(training.cpu_threads))  # again: Accelerate has an opinion, for several processes
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise ConfigError(f"the launcher started {expected} processes, but Accelerate sees {accelerator.num_processes}")

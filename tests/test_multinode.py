@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.processes import leave_nothing_running, saved_step, start, status, until, updates  # noqa: F401
+from tests.processes import leave_nothing_running, rank_of, saved_step, start, status, trainers, until, updates  # noqa: F401
 from tests.running import TINY, Train, assert_same_bits, losses, newest
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/multinode.yaml"]
@@ -68,21 +69,21 @@ class Machines:
         return [self.start(n, arguments, run_dir, run_dir.with_suffix(f".log{n}"), each) for n in range(2)]
 
     def cut(self, how: str = "link") -> None:
-        """Packets get lost from here on, without anybody being told: a cable, or a switch that drops them."""
+        """Packets get lost from here on, and nobody is told: a cable that is pulled, or a switch that sends them elsewhere."""
         if how == "link":
             _ip("-n", self.names[1], "link", "set", self.links[1], "down")
         else:
-            self._tc("add", "netem", "loss", "100%")
+            self._neighbours("replace", "lladdr", "02:00:00:00:00:99", "nud", "permanent")
 
     def mend(self, how: str = "link") -> None:
         if how == "link":
             _ip("-n", self.names[1], "link", "set", self.links[1], "up")
         else:
-            self._tc("del")
+            self._neighbours("del")
 
-    def _tc(self, what: str, *kind: str) -> None:
-        command = ["tc", "qdisc", what, "dev", self.links[1], "root", *kind]
-        subprocess.run(["ip", "netns", "exec", self.names[1], *command], check=True, capture_output=True)
+    def _neighbours(self, what: str, *to: str) -> None:
+        for number, name in enumerate(self.names):
+            _ip("-n", name, "neigh", what, f"10.77.0.{2 - number}", "dev", self.links[number], *to)
 
 
 def _ip(*words: str) -> None:
@@ -103,7 +104,18 @@ def machines() -> Iterator[Machines]:
 
 def limited(dataset: Path, run_dir: Path, updates: int = 150, *more: str) -> list[str]:
     """Words of a run of 8 sequences per update; ``dataset`` may be shared."""
-    words = ["--max_iters", str(updates), "--checkpoint_interval", "10", "--dropout", "0.1", "--global_batch_size", "8"]
+    words = [
+        "--max_iters",
+        str(updates),
+        "--checkpoint_interval",
+        "10",
+        "--keep_last",
+        "2",
+        "--dropout",
+        "0.1",
+        "--global_batch_size",
+        "8",
+    ]
     where = ["--train_data_path", str(dataset), "--checkpoint_dir", str(run_dir), "--hang_timeout", str(TIMEOUT)]
     return [*TINY, *words, *where, *more]
 
@@ -228,24 +240,26 @@ def test_data_that_only_one_machine_has(machines: Machines, dataset: Path, tmp_p
 
 @pytest.mark.network
 @pytest.mark.timeout(240)
-def test_a_run_goes_on_with_the_machines_that_are_left(run_train: Train, dataset: Path, tmp_path: Path) -> None:
-    """``torchrun --nnodes 1:2``: a launcher and its process are killed, and the other goes on with the whole batch."""
-    run_dir, port = tmp_path / "run", 29_641
+@pytest.mark.parametrize("lost", ["machine", "launcher"])
+def test_a_run_goes_on_with_the_machines_that_are_left(run_train: Train, dataset: Path, tmp_path: Path, lost: str) -> None:
+    """``torchrun --nnodes 1:2``: one launcher is killed, with its process or alone, and the other goes on with all samples."""
+    run_dir, port = tmp_path / "run", 29_641 + len(lost)
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "test"]
     conf = "last_call_timeout=3,join_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=2"
     options = ["--nnodes", "1:2", "--nproc_per_node", "1", "--max_restarts", "3", *rendezvous, "--rdzv_conf", conf]
-    words = [*options, "-m", "accel_pretrain.train", *limited(dataset, run_dir, 2000)]
+    words = [*options, "-m", "accel_pretrain.train", *limited(dataset, run_dir, 400)]
     launcher = [sys.executable, "-m", "torch.distributed.run"]
     first = start([*launcher, "--node_rank", "0", *words], run_dir.with_suffix(".log0"))
     time.sleep(1)  # the first one's is the store
     second = start([*launcher, "--node_rank", "1", *words], run_dir.with_suffix(".log1"))
     until(lambda: updates(run_dir) >= 15, first)
-    os.killpg(second.pid, 9)
-    second.wait()
-    assert first.wait(timeout=200) == 0, log(run_dir, 0)
+    if lost == "machine":
+        os.kill(next(pid for pid in trainers(run_dir) if rank_of(pid) == 1), signal.SIGKILL)
+    second.kill()
+    assert first.wait(timeout=100) == 0, log(run_dir, 0)
     assert "Processes: 2" in log(run_dir, 0) + log(run_dir, 1)
     assert "Processes: 1 |" in log(run_dir, 0)
     assert f"Resuming from {run_dir}/checkpoint_" in log(run_dir, 0)
     assert "4 sequences x 2 micro-steps x 1 processes" in log(run_dir, 0)
-    assert run_train(tmp_path / "whole", *limited(dataset, tmp_path / "whole", 2000)) == 0
+    assert run_train(tmp_path / "whole", *limited(dataset, tmp_path / "whole", 400)) == 0
     assert_same_bits(newest(tmp_path / "whole"), newest(run_dir))
