@@ -181,7 +181,7 @@ def one_process_each(threads: int, clock: list[str], only: str) -> None:
         print(f"{what}: largest error {worst:+.1%}, median size {statistics.median(map(abs, values)):.1%}")
 
 
-def several_processes(words: list[str], counts: Sequence[int] = (1, 2, 4)) -> list[tuple[float, float]]:
+def several_processes(words: Sequence[str], counts: Sequence[int] = (1, 2, 4)) -> list[tuple[float, float]]:
     """DDP over gloo: every process has one thread; there may be fewer cores than processes, which the plan is told.
 
     Returns the errors of memory and time, one pair for each number of processes.

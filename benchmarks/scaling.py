@@ -229,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["speed", "loss", "plan"], help="one of the three")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
-    parser.add_argument("--rounds", type=int, default=9, help="updates of each, in turns")
+    parser.add_argument("--rounds", type=int, default=7, help="updates of each, in turns")
     parser.add_argument("--batch", type=int, default=8, help="sequences per process and update")
     parser.add_argument("--precision", default="no", choices=["no", "bf16"])
     options: Any = parser.parse_args()
