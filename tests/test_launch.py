@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DDPCommunicationHookType, DistributedType
+from torch.distributed.run import get_args_parser
 
 from accel_pretrain import launch_checks, launchers, slurm, train
 from accel_pretrain.errors import ConfigError, PeerError
@@ -85,6 +88,32 @@ def test_accelerate_heeds_every_key_of_our_files(path: Path) -> None:
     first = path.read_text().splitlines()
     assert first[0].startswith("# ")
     assert any(f"--config_file {path.relative_to(REPO)}" in line for line in first if line.startswith("#"))
+
+
+README = [
+    command
+    for command in re.findall(r"`([^`\n]+)`", (REPO / "README.md").read_text(encoding="utf-8"))
+    if command.startswith(("accelerate launch ", "torchrun ")) and " -m accel_pretrain.train" in command
+]
+
+
+def test_there_are_such_commands() -> None:
+    assert len(README) >= 6
+
+
+@pytest.mark.parametrize("command", README)
+def test_launchers_understand_what_the_readme_says(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """And they take the words after the module for ours."""
+    monkeypatch.chdir(REPO)
+    launcher, *given = shlex.split(command.removeprefix("accelerate "))
+    args = (launch_command_parser() if launcher == "launch" else get_args_parser()).parse_args(given)
+    args = _validate_launch_command(args)[0] if launcher == "launch" else args
+    assert args.module
+    assert args.training_script == "accel_pretrain.train"
+    assert args.training_script_args[:1] == ["--config"]
+    if "--num_machines" in given or "multinode" in command:
+        assert (args.num_machines, args.num_processes, args.machine_rank) == (2, 16, 0)
+        assert (args.main_process_ip, args.main_process_port) == ("10.0.0.1", 29500)
 
 
 @pytest.mark.parametrize("line", ["rdzv_backend: c10d", "same_network: true", "enable_cpu_affinity: true"])
@@ -347,3 +376,13 @@ def test_gradients_are_exchanged_once_per_update(dataset: Path, tmp_path: Path, 
     assert done.returncode == 0, done.stderr
     assert "1 sequences x 4 micro-steps x 2 processes" in done.stdout
     assert done.stdout.count(f"exchanged {37_088 * 2 * times}\n") == 2
+
+
+@pytest.mark.network
+def test_the_benchmark_of_scaling_runs() -> None:
+    words = ["-m", "benchmarks.scaling", "--quick"]
+    done = subprocess.run([sys.executable, *words], env=environment(), cwd=REPO, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"processes against threads: \d\.\d{3}x", done.stdout)
+    assert re.search(r"largest difference 0\.0e\+00|\d\.\de-\d+ \(met: 1e-7 relative\)", done.stdout)
+    assert re.search(r"largest error: memory [\d.]+% .*, time [\d.]+% ", done.stdout)
