@@ -98,7 +98,7 @@ README = [
 
 
 def test_there_are_such_commands() -> None:
-    assert len(README) >= 6
+    assert len(README) >= 5
 
 
 @pytest.mark.parametrize("command", README)
@@ -126,29 +126,29 @@ def test_control_a_key_that_accelerate_ignores_is_seen(tmp_path: Path, line: str
 
 
 def test_files_for_one_process_and_the_default_one_of_accelerate(dataset: Path, tmp_path: Path) -> None:
-    """Ours win when they are named; what a forgotten ``accelerate config`` has left is told, or refused. Real launches."""
+    """Ours win when they are named; what a forgotten ``accelerate config`` has left is told. Real launches."""
     left = tmp_path / "home" / "accelerate" / "default_config.yaml"
     left.parent.mkdir(parents=True)
     left.write_text("distributed_type: 'NO'\nnum_processes: 1\nmixed_precision: bf16\nuse_cpu: true\ndebug: false\n")
-    compiling = tmp_path / "compiling.yaml"
-    compiling.write_text(f"{left.read_text()}dynamo_config:\n  dynamo_backend: INDUCTOR\n")
 
     def launched(name: str, *options: str) -> subprocess.Popen[str]:
         run = ["-m", "accel_pretrain.train", *words(dataset, tmp_path / name, "--batch_size", "8")]
         return start([*LAUNCH, *options, *run], HF_HOME=str(tmp_path / "home"))
 
     started = [launched("cpu", "--config_file", "configs/accelerate/cpu.yaml"), launched("default")]
-    refusal = said(launched("compiled", "--config_file", str(compiling)), 1)
     ours, theirs = map(said, started)
     assert "Processes: 1 | Precision: fp32" in ours
     assert "Notice: accelerate launch" not in ours
     assert f"Notice: accelerate launch took {left} (distributed_type NO, num_processes 1, mixed_precision bf16" in theirs
     assert "--config_file accelerate_config.yaml takes this project's" in theirs
-    started = [
-        launched("compiled", "--config_file", str(compiling)),
-        launched("gpu", "--config_file", "accelerate_config.yaml"),
-    ]
-    refusal = said(started[0], 1)
+
+
+@pytest.mark.network
+def test_a_second_compiler_is_refused_with_the_file_that_asks_for_it(dataset: Path, tmp_path: Path) -> None:
+    compiling = tmp_path / "compiling.yaml"
+    compiling.write_text(f"{(REPO / 'accelerate_config.yaml').read_text()}dynamo_config:\n  dynamo_backend: INDUCTOR\n")
+    run = ["-m", "accel_pretrain.train", *words(dataset, tmp_path / "compiled")]
+    refusal = said(start([*LAUNCH, "--config_file", str(compiling), *run]), 1)
     line = f"error: ACCELERATE_DYNAMO_BACKEND=INDUCTOR would compile the model a second time (it comes from {compiling}); "
     assert f"{line}leave it out (dynamo_backend: 'no'), and type --compile true\n" in refusal
     assert "exit status 2" in refusal
