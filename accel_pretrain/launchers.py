@@ -120,6 +120,16 @@ def _asked_for(words: list[str]) -> int:
     return int(number) if str(number).isdigit() else 1
 
 
+def sharding_asked_for() -> tuple[str | None, bool]:
+    """The strategy that ``accelerate launch --use_fsdp``, or its config file, asks for, and whether to use host memory."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
+        return None, False
+    version = os.environ.get("FSDP_VERSION", "1")
+    refuse((version != "2", f"accelerate launch asks for version {version} of FSDP; type --fsdp_version 2, or fsdp_version: 2"))
+    whole = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
+    return "zero2" if whole else "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+
+
 def refuse_missing_processes(cpu: bool, seen: int) -> None:
     """``accelerate launch --cpu --num_processes 2`` starts one process, and says nothing."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or elastic():

@@ -27,6 +27,7 @@ LEVELS = (
         "session",
         "metrics",
         "trackers",
+        "parallel",
         "peers",
         "checkpoint",
         "publish",
