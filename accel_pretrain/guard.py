@@ -109,7 +109,7 @@ class Guard:
         self._measured.append((step, loss, grad_norm))
         # The wrapped optimizer's step costs 0.1 ms of its own; without a scaler it has nothing to add to the inner one's.
         inner = getattr(optimizer, "optimizer", optimizer)
-        on_device = self.on_spike == "log" and _is_asynchronous(local(inner.param_groups[0]["params"][0]).device)
+        on_device = self.on_spike == "log" and _decides_late(inner)
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm) if on_device else None
         good = on_device or self.settle(health)
         if accelerator.scaler is not None:  # fp16: the scaler looks for overflow itself, and lowers its scale
@@ -171,8 +171,13 @@ class Guard:
         return heard
 
 
+def _decides_late(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether asking for a number would make the processor wait for a queue of work, and the optimizer knows ``found_inf``."""
+    (group, *_) = optimizer.param_groups
+    return bool(group.get("fused")) and _is_asynchronous(local(group["params"][0]).device)
+
+
 def _is_asynchronous(device: torch.device) -> bool:
-    """Whether asking for a number would make the processor wait for a queue of work, and the optimizers know ``found_inf``."""
     return device.type == "cuda"
 
 
