@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from accel_pretrain.saver import Gathered
 # One key/value head: its gate has one row, and most processes have no row of it. 101 is no multiple of anything.
 V, T, ROWS = 101, 16, 8
 SHAPE = ModelConfig(
-    d_model=64, num_layers=4, num_heads=4, num_kv_heads=1, d_ff=192, context_length=T, value_embeddings=True, qk_norm=True
+    d_model=64, num_layers=2, num_heads=4, num_kv_heads=1, d_ff=192, context_length=T, value_embeddings=True, qk_norm=True
 )  # fmt: skip
 PLAIN = SGD(lr=0.1)
 
@@ -144,27 +145,26 @@ def sorted_parameters(optimizer: Any) -> list[torch.Tensor]:
 
 def check_guard(accelerator: Accelerator) -> str:
     """An update that is not finite in one process alone changes no bit anywhere, however it is decided; a good one does."""
-    for optimizer in (AdamW(lr=0.01), SGD(lr=0.01)):
-        for late in (False, True):  # True: as on a GPU
-            guard._is_asynchronous = lambda device, late=late: late
-            model, own = build(accelerator, optimizer)
-            judge, health = Guard(), Health()
-            for number, bad in enumerate((True, False, True, False)):
-                before = copy.deepcopy(weights_of(model))
-                norm = backward(accelerator, model, number=number)
-                if bad and accelerator.process_index == 0:
-                    next(iter(model.parameters())).grad.to_local().fill_(math.nan)
-                norm = torch.tensor(math.nan if bad else norm)
-                judge.step(accelerator, own, health, number + 1, torch.tensor(1.0), norm)
-                assert (difference(weights_of(model), before) == 0) == bad
-            judge.settle(health)
-            assert health.skipped == 2
-    return "4 ways"
+    for optimizer, late in ((AdamW(lr=0.01), False), (AdamW(lr=0.01), True), (SGD(lr=0.01), True)):  # late: as on a GPU
+        guard._is_asynchronous = lambda device, late=late: late
+        model, own = build(accelerator, optimizer)
+        judge, health = Guard(), Health()
+        for number, bad in enumerate((True, False)):
+            before = copy.deepcopy(weights_of(model))
+            norm = backward(accelerator, model, number=number)
+            if bad and accelerator.process_index == 0:
+                next(iter(model.parameters())).grad.to_local().fill_(math.nan)
+            norm = torch.tensor(math.nan if bad else norm)
+            judge.step(accelerator, own, health, number + 1, torch.tensor(1.0), norm)
+            assert (difference(weights_of(model), before) == 0) == bad
+        judge.settle(health)
+        assert health.skipped == 1
+    return "3 ways"
 
 
 def check_compiled(accelerator: Accelerator) -> str:
     """Blocks that are compiled in place, as the trainer does it, give the same weights."""
-    norms, weights = reference(2)
+    norms, weights = reference(1)
     model, optimizer = build(accelerator, PLAIN)
     for layer in model.layers:
         layer.compile(backend="aot_eager")
@@ -172,7 +172,8 @@ def check_compiled(accelerator: Accelerator) -> str:
         assert math.isclose(backward(accelerator, model, number=number), norm, rel_tol=1e-5)
         optimizer.step()
         optimizer.zero_grad()
-    assert (worst := difference(weights_of(model), weights)) < 1e-6, worst
+    worst = difference(weights_of(model), weights)
+    assert worst < 1e-6, worst
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     return f"{worst:.1e}"
 
@@ -200,8 +201,10 @@ def main() -> int:
     accelerator = build_accelerator(training, [], Path("unused"), ParallelConfig(strategy=strategy))  # type: ignore[arg-type]
     checks = (check_weights, check_memory, check_updates, check_guard, check_gathered, check_compiled)
     for check in checks:
+        began = time.monotonic()
         figures = check(accelerator)
-        accelerator.print(f"{check.__name__} of {accelerator.num_processes}: {figures}", flush=True)
+        seconds = time.monotonic() - began
+        accelerator.print(f"{check.__name__} of {accelerator.num_processes}: {figures} ({seconds:.1f} s)", flush=True)
     accelerator.free_memory()
     accelerator.end_training()
     return 0
