@@ -54,52 +54,58 @@ def reference(run_train: Train, dataset: Path, run_dir: Path, *more: str) -> lis
 
 
 def test_every_process_holds_its_share() -> None:
-    """Weights, memory, gradients, norms, the guard, compiled blocks, and what is saved: see :mod:`tests.shares`."""
+    """Weights, memory, gradients, norms, the guard, and what is saved: see :mod:`tests.shares`."""
     done = subprocess.run(
         launch(["fsdp2"], 4, "tests.shares"), env=environment(), cwd=REPO, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" of 4: ") == 6
+    assert done.stdout.count(" of 4: ") == 5
 
 
 def test_stopped_and_resumed_by_others(run_train: Train, dataset: Path, tmp_path: Path) -> None:
     """fsdp2 of 2 processes, asked to stop; then zero2 of 2, saving in the background; then a process alone: one curve."""
-    run_dir, many = tmp_path / "run", ("--max_iters", "100000")
-    curve = reference(
-        run_train, dataset, tmp_path / "alone", "--max_iters", "400", "--eval_interval", "4", "--save_best", "true"
-    )
+    run_dir = tmp_path / "run"
     often = ("--eval_interval", "4", "--sample_interval", "5", "--sample_tokens", "8")
-    process = start(launch(words(dataset, run_dir, 2, "fsdp2", *often, *many), 2))
+    process = start(launch(words(dataset, run_dir, 2, "fsdp2", *often, "--max_iters", "100000"), 2))
     until(lambda: updates(run_dir) >= 6, process)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=30)
     stopped = saved_step(run_dir)
     assert updates(run_dir) == stopped == status(run_dir)["step"] >= 6
     assert status(run_dir)["state"] == "interrupted"
-    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples[:1]] == [5]
-    assert stopped < 350, "the process alone has not come so far"
-    told = train(
-        dataset, run_dir, 2, "zero2", "--max_iters", str(stopped + 5), "--asynchronous", "true",
-        "--checkpoint_interval", "2", "--batch_size", "2",
-    )  # fmt: skip
+    assert json.loads((run_dir / "samples.jsonl").read_text().splitlines()[0])["step"] == 5
+    background = ("--asynchronous", "true", "--checkpoint_interval", "2", "--batch_size", "2")
+    told = train(dataset, run_dir, 2, "zero2", "--max_iters", str(stopped + 5), *background)
     assert f"Resuming from {run_dir / f'checkpoint_{stopped:08d}'}" in told
-    assert "changed since" in told
-    assert run_train(run_dir, *words(dataset, run_dir, 1, "ddp", "--max_iters", str(stopped + 8))[len(TINY) :]) == 0
-    np.testing.assert_allclose(losses(run_dir), curve[: stopped + 8], rtol=1e-5)
-    evaluated = [
-        {row["step"]: row["eval/val_loss"] for row in rows(path) if "eval/val_loss" in row}
+    last = ("--max_iters", str(stopped + 8))
+    assert run_train(run_dir, *words(dataset, run_dir, 1, "ddp", *last)[len(TINY) :]) == 0
+    curve = reference(run_train, dataset, tmp_path / "alone", *last, "--eval_interval", "4")
+    np.testing.assert_allclose(losses(run_dir), curve, rtol=1e-5)
+    ours, theirs = (
+        {row["step"]: row["eval/val_loss"] for row in rows(path) if "eval/val_loss" in row and row["step"] <= stopped}
         for path in (run_dir, tmp_path / "alone")
-    ]
-    assert evaluated[0][4] == pytest.approx(evaluated[1][4], rel=1e-6)
-    assert load_model(run_dir).num_parameters() == load_model(tmp_path / "alone").num_parameters()
+    )
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert 4 in ours
     ours, theirs = weights_and_moments(newest(run_dir)), weights_and_moments(newest(tmp_path / "alone"))
-    assert [(name, own.shape, own.dtype) for name, own in ours.items()] == [
-        (name, own.shape, own.dtype) for name, own in theirs.items()
-    ]
+    assert {name: (own.shape, own.dtype) for name, own in ours.items()} == {
+        name: (own.shape, own.dtype) for name, own in theirs.items()
+    }
+    assert load_model(run_dir).num_parameters() > 0
 
 
 @pytest.mark.faults
+def test_compiled_blocks(run_train: Train, dataset: Path, tmp_path: Path) -> None:
+    """Blocks that are compiled in place, inside what gathers their weights."""
+    curve = reference(run_train, dataset, tmp_path / "alone", "--max_iters", "6")
+    for strategy in ("zero2", "fsdp2"):
+        told = train(dataset, tmp_path / strategy, 2, strategy, "--max_iters", "6", "--compile", "true", "--batch_size", "2")
+        assert "compiles the model's blocks" in told
+        np.testing.assert_allclose(losses(tmp_path / strategy), curve, rtol=1e-5)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
 def test_36_pairs_of_writers_and_readers(run_train: Train, dataset: Path, tmp_path: Path) -> None:
     """A checkpoint of {1, 2, 4} processes x {ddp, fsdp2} goes on with every other, on the curve; a wrong seed does not."""
     curve = reference(run_train, dataset, tmp_path / "alone", "--max_iters", "12")
@@ -133,14 +139,14 @@ def test_the_curve_does_not_depend_on_who_holds_what(
 
 @pytest.mark.faults
 def test_a_sharded_run_rolls_back(run_train: Train, tmp_path: Path, poisoned: tuple[str, ...]) -> None:  # noqa: F811
-    common = (*poisoned, "--on_spike", "rollback", "--rollback_updates", "10", "--global_batch_size", "4")
-    assert run_train(tmp_path / "one", *common, "--batch_size", "2") == 0
-    sharded = ["--batch_size", "2", "--strategy", "fsdp2", "--sample_interval", "119", "--eval_interval", "119"]
-    done = run_processes([*TINY, *common, *sharded, "--checkpoint_dir", str(tmp_path / "two")], processes=2)
+    common = [*poisoned, "--on_spike", "rollback", "--rollback_updates", "10", "--global_batch_size", "4", "--batch_size", "2"]
+    common += ["--sample_interval", "119", "--eval_interval", "119"]  # which leave weights whole that the rollback changes
+    assert run_train(tmp_path / "one", *common) == 0
+    done = run_processes([*TINY, *common, "--strategy", "fsdp2", "--checkpoint_dir", str(tmp_path / "two")], processes=2)
     assert done.returncode == 0, done.stderr
     assert "Rolled back to checkpoint_00000119" in done.stdout
     assert read_state(newest(tmp_path / "two")).health.rollbacks == 1
-    np.testing.assert_allclose(losses(tmp_path / "two")[-10:], losses(tmp_path / "one")[-10:], atol=2e-2, rtol=0)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
