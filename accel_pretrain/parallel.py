@@ -26,9 +26,6 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.typed_yaml import option
@@ -57,6 +54,8 @@ def build_plugin(strategy: str, precision: str, *, offload: bool) -> FullySharde
     """
     if strategy == "ddp":
         return None
+    from torch.distributed.fsdp import MixedPrecisionPolicy  # takes as long as half of torch
+
     halves = torch.bfloat16 if precision == "bf16" else None
     return FullyShardedDataParallelPlugin(
         fsdp_version=2, reshard_after_forward=strategy == "fsdp2", cpu_offload=offload, auto_wrap_policy="no_wrap",
@@ -89,6 +88,12 @@ def _plugin_of(accelerator: Accelerator) -> Any:
     return accelerator.state.fsdp_plugin
 
 
+def _offloads(accelerator: Accelerator) -> bool:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return isinstance(_plugin_of(accelerator).cpu_offload, CPUOffloadPolicy)
+
+
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
@@ -99,7 +104,7 @@ def build_model(accelerator: Accelerator, config: ModelConfig, vocab_size: int) 
     home = accelerator.device
     if accelerator.is_fsdp2:
         _shard(accelerator, module)
-        home = torch.device("cpu") if isinstance(_plugin_of(accelerator).cpu_offload, CPUOffloadPolicy) else home
+        home = torch.device("cpu") if _offloads(accelerator) else home
     module.to_empty(device=home)
     module.make_tables()
     for name, table in module.named_buffers():
@@ -112,6 +117,9 @@ def _shard(accelerator: Accelerator, module: Transformer) -> None:
 
     Here and not in Accelerate's ``prepare``, which cannot tell parameters on "meta" apart, and takes one precision for all.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     plugin = _plugin_of(accelerator)
     shared: dict[str, Any] = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
@@ -157,7 +165,7 @@ def prepare(
     model, optimizer = accelerator.prepare(module, built)
     for group, parameters in zip(optimizer.param_groups, own, strict=True):
         group["params"] = parameters
-    shares = [isinstance(parameter, DTensor) for parameter in model.parameters()]
+    shares = [_is_share(parameter) for parameter in model.parameters()]
     assert (is_sharded(model) and all(shares)) == accelerator.is_fsdp2, "the model is not sharded as the config has it"
     return model, optimizer
 
@@ -172,28 +180,29 @@ def withheld(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     Under zero2 the weights stay whole until then, too. Under fsdp2 all goes on as in the last one: whole gradients would take
     the memory that it is there to save.
     """
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         with accelerator.no_sync(model):
             yield
     elif strategy_of(accelerator) == "fsdp2":
         yield
     else:
-        model.set_reshard_after_backward(False)
+        sharded: Any = model
+        sharded.set_reshard_after_backward(False)
         with accelerator.no_sync(model):
             yield
-        model.set_reshard_after_backward(True)
+        sharded.set_reshard_after_backward(True)
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether computing with this model is collective, because each process holds a share of it."""
-    return isinstance(module, FSDPModule)
+    return hasattr(module, "reshard")  # as ``fully_shard`` makes it; its class would cost every program a second to import
 
 
 def forget_gathered(module: nn.Module) -> None:
     """Drop weights that a forward pass without a backward pass has left whole: they would not follow an update."""
     for own in module.modules():
-        if isinstance(own, FSDPModule):
-            own.reshard()
+        if is_sharded(own):
+            own.reshard()  # type: ignore[operator]
 
 
 @contextlib.contextmanager
@@ -217,27 +226,27 @@ def alike(module: nn.Module) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------- shares
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def _is_share(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")  # a DTensor
+
+
+def local(tensor: Any) -> torch.Tensor:
     """The share of a tensor that this process holds; the tensor itself where it is not shared out."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_share(tensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Any) -> torch.Tensor:
     """All of a tensor. Collective, if it is shared out; it may be in host memory."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    there = tensor.to(tensor.device_mesh.device_type)
-    assert isinstance(there, DTensor)
-    return there.full_tensor()
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if _is_share(tensor) else tensor
 
 
-def _copy_share(own: torch.Tensor, value: Any) -> None:
+def _copy_share(own: Any, value: Any) -> None:
     """Copy a whole value, or the own rows of it, into a parameter or moment."""
     shape = tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)
     if shape != tuple(own.shape):
         raise ValueError(f"a tensor of shape {shape} where {tuple(own.shape)} is wanted")
     rows = slice(None)
-    if isinstance(own, DTensor):
+    if _is_share(own):
         count, share = own.shape[0], -(-own.shape[0] // own.device_mesh.size())
         begin = min(own.device_mesh.get_local_rank() * share, count)
         rows = slice(begin, min(begin + share, count))

@@ -168,7 +168,8 @@ def assemble(
     seed_everything(config.training.seed)
     module = build_model(accelerator, config.model, plan.vocab_size)
     origin = find_origin(config.checkpoint) if checkpoint is None and config.checkpoint.init_from is not None else None
-    fill(module, module.initial_weights() if origin is None else weights_of(origin, module, splits))
+    if checkpoint is None:
+        fill(module, module.initial_weights() if origin is None else weights_of(origin, module, splits))
     model, optimizer = prepare(accelerator, module, config.optimizer.build)
     state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
     flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters

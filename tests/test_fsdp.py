@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,8 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from accel_pretrain.checkpoint import load_model, read_state
+from accel_pretrain.errors import ConfigError
+from accel_pretrain.parallel import ParallelConfig
+from accel_pretrain.runtime import _sharding
 from tests.processes import leave_nothing_running, saved_step, start, status, until, updates  # noqa: F401
 from tests.running import (
     REPO,
@@ -157,6 +163,26 @@ def test_what_cannot_be_is_refused(dataset: Path, tmp_path: Path, capsys: pytest
 
     said = refused(main, capsys, *words(dataset, tmp_path / "run", 1, "ddp", "--cpu_offload", "true"))
     assert said == "error: parallel.cpu_offload: needs --strategy fsdp2 or zero2, and more than one process\n"
+
+
+def test_what_is_sharded_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")  # put back at the end
+    for strategy, resharded in (("zero2", False), ("fsdp2", True)):
+        plugin = _sharding(ParallelConfig(strategy=strategy), "bf16", 2, cpu=True)  # type: ignore[arg-type]
+        assert plugin is not None
+        assert plugin.reshard_after_forward is resharded
+        assert plugin.mixed_precision_policy.reduce_dtype == torch.float32  # type: ignore[union-attr]
+        with pytest.raises(ConfigError, match=f"{strategy} knows no fp16; type --mixed_precision bf16"):
+            _sharding(ParallelConfig(strategy=strategy), "fp16", 2, cpu=False)  # type: ignore[arg-type]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    for said, offloads in (("false", False), ("true", True)):
+        monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", said)
+        asked = _sharding(ParallelConfig(), "no", 2, cpu=False)
+        assert asked is not None
+        assert isinstance(asked.cpu_offload, CPUOffloadPolicy) is offloads
+    assert _sharding(ParallelConfig(strategy="ddp"), "no", 2, cpu=True) is None  # the config has the last word
+    assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
 def test_a_launcher_that_asks_for_the_old_fsdp_is_refused(
