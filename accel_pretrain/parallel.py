@@ -41,7 +41,7 @@ class ParallelConfig:
         None, "ddp: all on each process; zero2, fsdp2: a share each; null: what the launcher asks for, else ddp"
     )
     cpu_offload: bool | None = option(
-        None, "with zero2 and fsdp2, keep the shares in host memory, and update there; null: what the launcher asks for"
+        None, "with zero2 and fsdp2 on GPUs, keep the shares in host memory, and update there; null: what the launcher asks for"
     )
 
 
