@@ -135,7 +135,8 @@ def restore(accelerator: Accelerator, optimizer: torch.optim.Optimizer, checkpoi
     with together(accelerator, CheckpointError):
         state = read_state(checkpoint)
         _refuse_other_moments(optimizer, checkpoint, state)
-        moments = {f"a moment ({name})": own for every in optimizer.state.values() for name, own in every.items()}
+        states = enumerate(optimizer.state.values())
+        moments = {f"a moment ({name} of parameter {number})": own for number, every in states for name, own in every.items()}
         for tensors in (weights, moments):
             if bad := not_finite(tensors):
                 raise CheckpointError(f"{checkpoint}: {bad} holds numbers that are not finite; go on from an older one")
