@@ -22,6 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 
 from accel_pretrain.errors import ConfigError, refuse
 from accel_pretrain.launchers import launched, meeting_place, refuse_missing_processes
+from accel_pretrain.models.recompute import Level
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
 
@@ -43,6 +44,9 @@ class TrainingConfig:
         None, "no | bf16 | fp16; null: the launcher's, else bf16 where the GPU or CPU computes in it", aliases=("dtype",)
     )
     compile: bool | None = option(None, "compile the blocks with torch.compile; null: in runs so long that it pays")
+    activation_checkpointing: Level = option(
+        "none", "less memory, more time. none | selective: keep products and attention of a block | full: only its input"
+    )
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
     cpu_threads: int | None = option(None, "threads per process on a CPU; null: the cores shared among the processes here")
     seed: int = option(42, "of the initial weights, the data order and dropout")

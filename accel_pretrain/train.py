@@ -173,6 +173,7 @@ def assemble(
     state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
     flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
     compiled, notice = resolve_compile(config.training, flops, accelerator.device)
+    module.recompute(config.training.activation_checkpointing)
     if compiled:
         for layer in module.layers:  # in place: parameter names stay, and DDP still overlaps its communication
             layer.compile()

@@ -24,6 +24,7 @@ from accel_pretrain.models.config import ModelConfig
 from accel_pretrain.models.kv_cache import KVCache
 from accel_pretrain.models.norm import build_norm
 from accel_pretrain.models.precision import for_products
+from accel_pretrain.models.recompute import Level, checkpointed
 from accel_pretrain.models.rope import rope_table
 
 
@@ -84,8 +85,14 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.mlp_out_norm = build_norm(config) if config.sandwich_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
+        self.checkpointing: Level = "none"
 
     def forward(self, x_BTD: torch.Tensor, tokens_BT: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._forward(x_BTD, tokens_BT, view, cache)
+        return checkpointed(self._forward, self.checkpointing, self.dropout.p, x_BTD, tokens_BT, view, cache)
+
+    def _forward(self, x_BTD: torch.Tensor, tokens_BT: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
         attended_BTD = self.self_attn(self.input_layernorm(x_BTD), tokens_BT, view, cache)
         x_BTD = x_BTD + self.dropout(self.attn_out_norm(attended_BTD))
         return x_BTD + self.dropout(self.mlp_out_norm(self.mlp(self.post_attention_layernorm(x_BTD))))
@@ -212,6 +219,11 @@ class Transformer(nn.Module):
 
     def new_cache(self, capacity: int | None = None, padding_B: torch.Tensor | None = None) -> KVCache:
         return KVCache(self.config.num_layers, capacity or self.config.context_length, padding_B)
+
+    def recompute(self, level: Level) -> None:
+        """From now on compute (parts of) blocks again in the backward pass: :mod:`~accel_pretrain.models.recompute`."""
+        for layer in self.layers:
+            layer.checkpointing = level  # type: ignore[assignment]
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
