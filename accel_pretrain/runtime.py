@@ -155,6 +155,11 @@ def runtime_of(training: TrainingConfig) -> tuple[bool, int]:
     return _use_cpu(training.device), _threads(training.cpu_threads)
 
 
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "accel_pretrain"
+
+
 def wandb_knows_me() -> bool:
     """Whether wandb will find a key, or was told to work offline."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE", "online") != "online":

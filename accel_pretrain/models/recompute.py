@@ -2,9 +2,9 @@
 
 ``full`` keeps nothing of a block but its input, at the price of a second forward pass of the block. ``selective`` keeps what
 matrix products and fused attention gave, which is most of the time and the smaller part of the memory, and computes norms,
-rotations, activations and copies again (Korthikanti et al. 2022, "Reducing Activation Recomputation", section 5); compiled, that
-costs no time that we could measure. Dropout draws the same masks the second time. Losses and gradients are the same bits as
-without; compiled, within rounding.
+rotations, activations and copies again (Korthikanti et al. 2022, "Reducing Activation Recomputation", section 5); compiled,
+that costs no time that we could measure. Dropout draws the same masks the second time. Losses and gradients are the same bits
+as without; compiled, within rounding.
 """
 
 from __future__ import annotations
