@@ -26,8 +26,8 @@ _COMPILING = 20.0  # seconds that compiling takes at least: shorter runs do with
 class TuneOptions:
     """What to try, and how long."""
 
-    only: Literal["all", "batch_size", "compile", "activation_checkpointing"] = option(
-        "all", "all | batch_size | compile | activation_checkpointing: what to vary"
+    only: Literal["all", "batch_size", "compile", "chunked_loss", "activation_checkpointing"] = option(
+        "all", "all | batch_size | compile | chunked_loss (GPU) | activation_checkpointing: what to vary"
     )
     budget: float = option(180.0, "seconds that measuring may take")
     world_size: int = option(1, "processes of the planned run, which share its global batch; one of them is measured")
@@ -56,6 +56,7 @@ class Candidate:
     batch_size: int
     compiled: bool
     checkpointing: Level
+    chunked: bool = False
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Search:
     config: TunedRun
     plan: Plan
     measure: Callable[[Candidate, float], Trial]  # with a candidate, and the seconds that are left
+    on_gpu: bool = False
     say: Callable[[Candidate], object] = lambda candidate: None  # called when it was measured
     rows: dict[Candidate, Trial] = field(default_factory=dict)
     left_out: list[Candidate] = field(default_factory=list)
@@ -79,7 +81,9 @@ class Search:
     def start(self) -> Candidate:
         """The config as it is; without compiling, where it leaves that open."""
         training = self.config.training
-        return Candidate(training.batch_size, bool(training.compile), training.activation_checkpointing)
+        return Candidate(
+            training.batch_size, bool(training.compile), training.activation_checkpointing, training.chunked_loss
+        )  # fmt: skip
 
     @property
     def best(self) -> Candidate:
@@ -105,6 +109,9 @@ class Search:
         self._require_one()
         if only in ("all", "compile"):
             for candidate in self._compiled(self.best):
+                self._try(candidate)
+        if only in ("all", "chunked_loss") and self.on_gpu:
+            for candidate in self._chunked(self.best):
                 self._try(candidate)
         if only in ("all", "activation_checkpointing"):
             for candidate in self._checkpointed(self.best):
@@ -155,17 +162,28 @@ class Search:
             yield replace(best, compiled=False)
         elif 3600 * self.hours(best) > 2 * _COMPILING:
             yield replace(best, compiled=True)
+            if self.best.compiled and (size := self._too_large(best)) is not None:  # it needs less memory, too
+                yield replace(best, compiled=True, batch_size=size)
+
+    def _chunked(self, best: Candidate) -> Iterator[Candidate]:
+        """A CPU has its own loss. What memory it saves may let a larger micro-batch fit."""
+        if self.config.tune.only == "chunked_loss" or best.chunked:
+            yield replace(best, chunked=not best.chunked)
+        if (size := self._too_large(best)) is not None:
+            yield replace(best, batch_size=size, chunked=True)
+
+    def _too_large(self, best: Candidate) -> int | None:
+        """The smallest micro-batch above the best that did not fit."""
+        sizes = [c.batch_size for c, trial in self.rows.items() if trial.problem == TOO_LARGE]
+        return min((size for size in sizes if size > best.batch_size), default=None)
 
     def _checkpointed(self, best: Candidate) -> Iterator[Candidate]:
         """Recomputing is worth a try where it is said to cost nothing, and where it lets a larger micro-batch fit."""
         if best.compiled or self.config.tune.only == "activation_checkpointing":
             yield replace(best, checkpointing="selective")
         levels: tuple[Level, ...] = ("selective", "full")
-        too_large = [
-            c.batch_size for c, trial in self.rows.items() if trial.problem == TOO_LARGE and c.batch_size > best.batch_size
-        ]
-        for level in levels if too_large else ():
-            yield replace(best, batch_size=min(too_large), checkpointing=level)
+        for level in levels if (size := self._too_large(best)) is not None else ():
+            yield replace(best, batch_size=size, checkpointing=level)
         if best.checkpointing != "none":
             yield replace(best, checkpointing="none")
         if self.config.tune.only == "activation_checkpointing":
@@ -199,7 +217,7 @@ def as_run(config: TunedRun, plan: Plan, candidate: Candidate) -> RunConfig:
     micro_steps = plan.samples_per_step // plan.world_size // candidate.batch_size
     training = replace(
         config.training, batch_size=candidate.batch_size, compile=candidate.compiled,
-        activation_checkpointing=candidate.checkpointing,
+        activation_checkpointing=candidate.checkpointing, chunked_loss=candidate.chunked,
         gradient_accumulation_steps=None if config.training.global_batch_size is not None else micro_steps,
     )  # fmt: skip
     return RunConfig(**{**parts, "training": training})

@@ -7,6 +7,7 @@ result are described in the config file.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import warnings
@@ -47,6 +48,8 @@ class TrainingConfig:
     activation_checkpointing: Level = option(
         "none", "less memory, more time. none | selective: keep products and attention of a block | full: only its input"
     )
+    chunked_loss: bool = option(False, "on a GPU, logits and loss of some tokens at a time: less memory, a little slower")
+    tf32: bool = option(False, "on a GPU, products in float32 of inputs rounded to 10 bits: faster where mixed_precision is no")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
     cpu_threads: int | None = option(None, "threads per process on a CPU; null: the cores shared among the processes here")
     seed: int = option(42, "of the initial weights, the data order and dropout")
@@ -93,11 +96,16 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
     """
     cpu = _use_cpu(training.device)
     precision, _ = resolve_precision(training, cpu)
-    refuse((precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"))
+    refuse(
+        (precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"),
+        (precision == "fp16" and training.chunked_loss, "training.chunked_loss: its gradients are too small for fp16"),
+    )
     if cpu:
         # Huge pages for large tensors, where Linux lets one ask for them. PyTorch looks when it makes its first tensor.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         torch.set_num_threads(_threads(training.cpu_threads))
+    else:
+        torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
     # Longer than the watchdog of any process waits, so that it is the one to say where a run hangs.
     timeout = timedelta(seconds=3 * (training.hang_timeout or 24 * 3600) + 60)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -189,6 +197,17 @@ def resolve_compile(training: TrainingConfig, flops: float, device: torch.device
     except (exc.InvalidCxxCompiler, RuntimeError):  # the second on Windows
         return False, "not compiled: torch.compile needs a C++ compiler, such as g++, and found none"
     return True, "the first update compiles the model's blocks; --compile false leaves that out"
+
+
+@contextlib.contextmanager
+def few_collections() -> Iterator[None]:
+    """Keep what exists now, some 10^5 objects, out of Python's garbage collections: each would take 0.2 s, now and then."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def describe_runtime(accelerator: Accelerator, training: TrainingConfig) -> str:

@@ -36,7 +36,14 @@ from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.run import TrainingRun
-from accel_pretrain.runtime import build_accelerator, describe_runtime, resolve_compile, seed_everything, together
+from accel_pretrain.runtime import (
+    build_accelerator,
+    describe_runtime,
+    few_collections,
+    resolve_compile,
+    seed_everything,
+    together,
+)
 from accel_pretrain.saver import Saver
 from accel_pretrain.session import Session, session, watched
 from accel_pretrain.stopping import follow_the_launcher
@@ -147,7 +154,8 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
             run, state = assemble(config, plan, splits, accelerator, around)
             around.afterwards.callback(around.close, run.log)
             try:
-                fit(run, state)
+                with few_collections():
+                    fit(run, state)
             finally:
                 with watchdog.phase("save"):
                     run.saver.close()
@@ -174,9 +182,9 @@ def assemble(
     flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
     compiled, notice = resolve_compile(config.training, flops, accelerator.device)
     module.recompute(config.training.activation_checkpointing)
+    module.chunked_loss = config.training.chunked_loss
     if compiled:
-        for layer in module.layers:  # in place: parameter names stay, and DDP still overlaps its communication
-            layer.compile()
+        module.compile_parts()
     with together(accelerator, PretrainError):
         log = RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters)
 

@@ -173,10 +173,10 @@ def build(config: RunConfig, plan: Plan, splits: Splits, accelerator: Accelerato
     module = Transformer(config.model, plan.vocab_size)
     model, optimizer = accelerator.prepare(module, config.optimizer.build(module))
     module.recompute(config.training.activation_checkpointing)
+    module.chunked_loss = config.training.chunked_loss
     flops = plan.flops_per_token * plan.tokens_per_step * plan.max_iters
     if resolve_compile(config.training, flops, accelerator.device)[0]:
-        for layer in module.layers:
-            layer.compile()
+        module.compile_parts()
     run = TrainingRun(
         config=config, plan=plan, splits=splits, accelerator=accelerator, model=model.train(), module=module,
         optimizer=optimizer, parameters=list(model.parameters()), tokenizer=None, stop=StopSignal(),

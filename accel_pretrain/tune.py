@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("tune measures in one process: type python -m accel_pretrain.tune --world_size N ...")
         config = load_with_shape(TunedRun, line)
         plan = make_plan(config, splits_of(config) or unknown_splits(config), config.tune.world_size)
-        search = Search(config, plan, measuring(config, plan))
+        search = Search(config, plan, measuring(config, plan), on_gpu=not runtime_of(config.training)[0])
         search.say = lambda candidate: print(table_row(search, candidate), flush=True)
         memory = memory_file(search)
         remembered = None if "fresh" in line.flags else recall(memory)
@@ -92,14 +92,15 @@ def measuring(config: TunedRun, plan: Plan) -> Callable[[Candidate, float], Tria
 # ----------------------------------------------------------------------------------------------------------- for people
 
 _TABLE_HEAD = (
-    f"{'micro-batch':>11}{'micro-steps':>13}{'compile':>9}  {'checkpointing':<14}{'tokens/s':>10}{'peak GB':>9}{'first s':>9}"
+    f"{'micro-batch':>11}{'micro-steps':>13}{'compile':>9}  {'checkpointing':<18}{'tokens/s':>10}{'peak GB':>9}{'first s':>9}"
 )
 
 
 def table_row(search: Search, candidate: Candidate) -> str:
     """One candidate: tokens per second of one process, its peak memory, and what the first update took longer."""
     trial, steps = search.rows[candidate], search.samples // candidate.batch_size
-    setting = f"{candidate.batch_size:>11}{steps:>13}{'yes' if candidate.compiled else 'no':>9}  {candidate.checkpointing:<14}"
+    setting = f"{candidate.batch_size:>11}{steps:>13}{'yes' if candidate.compiled else 'no':>9}  "
+    setting += f"{candidate.checkpointing + (' +chunks' if candidate.chunked else ''):<18}"
     if trial.problem:
         return f"{setting}  {trial.problem}"
     tokens = search.samples * search.config.model.context_length / trial.seconds
@@ -130,7 +131,8 @@ def words_for(search: Search, candidate: Candidate) -> str:
     words = f"--batch_size {training.batch_size}"
     if training.gradient_accumulation_steps is not None:
         words += f" --gradient_accumulation_steps {training.gradient_accumulation_steps}"
-    return f"{words} --compile {str(training.compile).lower()} --activation_checkpointing {training.activation_checkpointing}"
+    words += f" --compile {str(training.compile).lower()} --activation_checkpointing {training.activation_checkpointing}"
+    return f"{words} --chunked_loss {str(candidate.chunked).lower()}" if search.on_gpu else words
 
 
 # ----------------------------------------------------------------------------------------------------- what was found before

@@ -69,6 +69,18 @@ def test_recomputing_lets_a_larger_micro_batch_fit():
     assert searched(machine, only="batch_size").best == Candidate(8, False, "none")  # control
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_on_a_gpu_the_loss_in_chunks_may_let_a_larger_micro_batch_fit(on_gpu: bool):
+    def machine(candidate: Candidate) -> Trial:
+        fits = candidate.batch_size <= 8 or (candidate.chunked and candidate.batch_size <= 16)
+        return Trial(seconds=seconds(candidate, 48)) if fits else OUTLAW
+
+    search = Search(*planned(), lambda candidate, left: machine(candidate), on_gpu=on_gpu)
+    search.run()
+    assert search.best == (Candidate(16, False, "none", True) if on_gpu else Candidate(8, False, "none"))
+    assert ("--chunked_loss" in tune.words_for(search, search.best)) == on_gpu
+
+
 def test_what_fits_only_with_recomputing_is_found():
     search = searched(lambda c: Trial(seconds=9.0) if c == Candidate(1, False, "full") else OUTLAW)
     assert search.best == Candidate(1, False, "full")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from accel_pretrain.loss import next_token_loss
-from accel_pretrain.models import cpu_loss
+from accel_pretrain.models import cpu_loss, head_loss
 from accel_pretrain.models.attention import Attention, View, visible
 from accel_pretrain.models.config import ModelConfig
 from accel_pretrain.models.kv_cache import KVCache
@@ -113,6 +113,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
+        self.chunked_loss = False  # see head_loss
         self.embed_tokens = TokenEmbedding(vocab_size, config.d_model, tied=config.tie_embeddings)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.context_length, config.d_model)
@@ -177,12 +178,20 @@ class Transformer(nn.Module):
         if last_only:
             x_BTD = x_BTD[:, -1:]
         x_BTD = for_products(self.norm(x_BTD))
-        if targets_BT is not None and cpu_loss.fits(x_BTD, self.vocab_size):
+        if targets_BT is None:
+            return self._logits(x_BTD)
+        if cpu_loss.fits(x_BTD, self.vocab_size):
             return cpu_loss.head_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
-        logits_BTV = self.unembed(x_BTD)
-        if config.logit_softcap is not None:
-            logits_BTV = config.logit_softcap * torch.tanh(logits_BTV / config.logit_softcap)
-        return logits_BTV if targets_BT is None else next_token_loss(logits_BTV, targets_BT)
+        if self.chunked_loss and torch.is_grad_enabled():
+            return head_loss.chunked_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
+        return self._loss(x_BTD, targets_BT)
+
+    def _loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        return next_token_loss(self._logits(x_BTD), targets_BT)
+
+    def _logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        logits_BTV, cap = self.unembed(x_BTD), self.config.logit_softcap
+        return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
 
     def unembed(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, before a soft cap, of what the last norm gives."""
@@ -224,6 +233,16 @@ class Transformer(nn.Module):
         """From now on compute (parts of) blocks again in the backward pass: :mod:`~accel_pretrain.models.recompute`."""
         for layer in self.layers:
             layer.checkpointing = level  # type: ignore[assignment]
+
+    def compile_parts(self) -> None:
+        """Compile the blocks, and on a GPU the loss, in place: parameter names stay, and DDP overlaps its communication.
+
+        A compiled loss makes no float32 copy of the logits.
+        """
+        for layer in self.layers:
+            layer.compile()
+        if self.output_matrix.device.type != "cpu":
+            self._loss = torch.compile(self._loss)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
