@@ -163,7 +163,8 @@ def workload(config: RunConfig, plan: Plan, device: str, strategy: str = "ddp") 
     return Workload(
         model=config.model, vocab_size=plan.vocab_size, batch_size=plan.batch_size, accumulation=plan.accumulation,
         precision=precision_of(config, device), device="cpu" if device == "cpu" else "cuda",
-        compiled=bool(config.training.compile), moments=moments, strategy=strategy, world_size=plan.world_size,
+        compiled=bool(config.training.compile), checkpointing=config.training.activation_checkpointing,
+        moments=moments, strategy=strategy, world_size=plan.world_size,
     )  # fmt: skip
 
 
