@@ -35,6 +35,7 @@ from accel_pretrain.launchers import is_restart
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
 from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.recovery import out_of_memory
 from accel_pretrain.run import TrainingRun
 from accel_pretrain.runtime import (
     build_accelerator,
@@ -156,6 +157,8 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
             try:
                 with few_collections():
                     fit(run, state)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(run, error) from None
             finally:
                 with watchdog.phase("save"):
                     run.saver.close()

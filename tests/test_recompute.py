@@ -99,22 +99,14 @@ def test_compiled_in_place(caplog: pytest.LogCaptureFixture):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("batch_size", [3, 24])
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", [*SHAPES, "dropout"])
-def test_the_plan_predicts_the_peak(name: str, level: recompute.Level, batch_size: int, bf16: bool):
-    model = replace(BASE, num_layers=6, **(SHAPES.get(name) or {"dropout": 0.1}))
-    load = Workload(
-        model=model,
-        vocab_size=test_estimates.VOCAB,
-        batch_size=batch_size,
-        precision="bf16" if bf16 else "no",
-        checkpointing=level,
-    )
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "dropout"])
+def test_the_plan_predicts_the_peak(name: str, level: recompute.Level, bf16: bool):
+    model, precision = replace(BASE, num_layers=6, **(SHAPES.get(name) or {"dropout": 0.1})), "bf16" if bf16 else "no"
+    load = Workload(model=model, vocab_size=test_estimates.VOCAB, batch_size=12, precision=precision, checkpointing=level)
     measured = test_estimates.peak_of_allocator(load)
     assert measured == pytest.approx(memory(load).total, rel=0.08)
-    if batch_size == 24:  # control: it does save
-        assert measured < 0.9 * memory(replace(load, checkpointing="none")).total
+    assert measured < 0.9 * memory(replace(load, checkpointing="none")).total  # control: it does save
 
 
 def test_the_plan_knows_what_a_config_says():

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 
-from accel_pretrain import ladder, train, trial, tune
+from accel_pretrain import ladder, loop, train, trial, tune
 from accel_pretrain.checkpoint import TrainState
 from accel_pretrain.config import Plan, RunConfig, make_plan
 from accel_pretrain.errors import ConfigError
@@ -22,7 +23,7 @@ from accel_pretrain.outlook import unknown_splits
 from accel_pretrain.runtime import TrainingConfig
 from accel_pretrain.trial import TOO_LARGE, Trial
 from accel_pretrain.typed_yaml import load, parse_command_line
-from tests.running import TINY, losses, refused
+from tests.running import TINY, losses, refused, stdlib_text, write_dataset
 
 MODEL = ModelConfig(context_length=32, d_model=32, num_layers=2, num_heads=2, d_ff=64, vocab_size=100)
 OUTLAW = Trial(problem=TOO_LARGE)
@@ -144,13 +145,9 @@ def measured(config: RunConfig, *, limit: int | None = None, timeout: float = 60
     return trial.measure(config, vocab_size=100, samples=24, updates=10, seconds=0.1, timeout=timeout, limit=limit)
 
 
-def test_a_trial_fits_or_does_not():
-    """One process each: 64 positions x 300 layers x 8 sequences keep about 100 MB."""
+def test_a_trial_does_not_get_more_memory_than_it_may():
+    """300 layers on 8 x 64 positions keep about 100 MB. That others get what they need: the test of the command, below."""
     deep = dataclasses.replace(small(), model=dataclasses.replace(MODEL, num_layers=300, context_length=64))
-    fits = measured(small(), limit=2 << 30)
-    assert fits.problem is None
-    assert 0 < fits.seconds < 10
-    assert fits.peak > 50e6
     assert measured(deep, limit=60_000_000) == OUTLAW
 
 
@@ -192,6 +189,7 @@ def test_the_command_tries_says_writes_and_remembers(
     rows = [line.split() for line in first.splitlines() if line.strip()[:1].isdigit()]
     assert [row[:4] for row in rows] == [["2", "1", "no", "none"], ["1", "2", "no", "none"]]
     assert all(float(row[4].replace(",", "")) > 100 for row in rows)
+    assert all(float(row[5]) > 0.05 for row in rows)
     best = load(RunConfig, tmp_path / "best.yaml").training
     assert f"Best for 100 updates: --batch_size {best.batch_size} --compile false" in first
     assert best.global_batch_size == 2
@@ -201,6 +199,31 @@ def test_the_command_tries_says_writes_and_remembers(
     assert time.monotonic() - begin < 1
     assert "measured before" in again
     assert [line.split() for line in again.splitlines() if line.strip()[:1].isdigit()] == rows
+
+
+def test_a_run_that_does_not_fit_says_what_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def too_large(*_: object) -> None:  # what a GPU's allocator raises; a CPU's process is killed
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(loop, "train_step", too_large)
+    data = write_dataset(tmp_path / "data", stdlib_text(20_000), stdlib_text(5_000))
+    words = [
+        *TINY,
+        "--train_data_path",
+        str(data),
+        "--gradient_accumulation_steps",
+        "3",
+        "--checkpoint_dir",
+        str(tmp_path / "run"),
+    ]
+    with pytest.raises(SystemExit) as end:
+        train.main(words)
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert "--batch_size 2 --global_batch_size 12, or --activation_checkpointing selective" in err
+    assert "2 GiB" in err
 
 
 def test_refusals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
