@@ -1,13 +1,13 @@
 """A search for the fastest way to train: what is tried after what, and what has won. It measures nothing itself.
 
-One ladder after the other, each from the best so far: micro-batch, torch.compile, activation checkpointing. The sequences of an
-update stay the same.
+One ladder after the other, each from the best so far: torch.compile, micro-batch, loss in chunks, activation checkpointing.
+The sequences of an update stay the same.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -104,19 +104,23 @@ class Search:
         if self._try(self.start) is None:
             raise ConfigError("tune.budget: too short for a single candidate; type --budget 180")
         only = self.config.tune.only
-        if only in ("all", "batch_size") or self.rows[self.start].problem:
-            self._climb_batches()
-        self._require_one()
         if only in ("all", "compile"):
-            for candidate in self._compiled(self.best):
-                self._try(candidate)
+            self._try_all(self._compiled(self.start))
+        if only in ("all", "batch_size") or self.rows[self.start].problem:
+            # without compiling, which takes its time, if what is found is then tried with it
+            self._climb_batches(replace(self.start, compiled=self.start.compiled and only != "all"))
+        self._require_one()
+        if only in ("all", "batch_size"):
+            self._try_all(self._compiled_too())
         if only in ("all", "chunked_loss") and self.on_gpu:
-            for candidate in self._chunked(self.best):
-                self._try(candidate)
+            self._try_all(self._chunked(self.best))
         if only in ("all", "activation_checkpointing"):
-            for candidate in self._checkpointed(self.best):
-                self._try(candidate)
+            self._try_all(self._checkpointed(self.best))
         return not self.left_out
+
+    def _try_all(self, candidates: Iterable[Candidate]) -> None:
+        for candidate in candidates:
+            self._try(candidate)
 
     def _try(self, candidate: Candidate) -> Trial | None:
         """Measure a candidate, if that was not done yet and there is time: None if not."""
@@ -132,38 +136,40 @@ class Search:
         self.say(candidate)
         return trial
 
-    def _climb_batches(self) -> None:
+    def _climb_batches(self, base: Candidate) -> None:
         """Smaller until it fits, then larger as long as that is faster, or else smaller as long as that is."""
         sizes = [size for size in range(1, self.samples + 1) if self.samples % size == 0]
-        first = at = sizes.index(self.start.batch_size)
-        while at > 0 and self.rows[self._sized(sizes[at])].problem:
+        first = at = sizes.index(base.batch_size)
+        while (trial := self._try(replace(base, batch_size=sizes[at]))) is not None and trial.problem and at > 0:
             at = _half(sizes, at)
-            if self._try(self._sized(sizes[at])) is None:
-                return
-        if at == first and self._follow(sizes, at, up=True):
+        if trial is None or trial.problem or (at == first and self._follow(base, sizes, at, up=True)):
             return
-        self._follow(sizes, at, up=False)
+        self._follow(base, sizes, at, up=False)
 
-    def _follow(self, sizes: list[int], at: int, *, up: bool) -> bool:
+    def _follow(self, base: Candidate, sizes: list[int], at: int, *, up: bool) -> bool:
         """Go on in one direction while it gets faster; whether it did at all."""
         improved = False
         while (there := _double(sizes, at) if up else _half(sizes, at)) != at:
-            candidate = self._sized(sizes[there])
-            if self._try(candidate) is None or self.best != candidate:
+            here, candidate = replace(base, batch_size=sizes[at]), replace(base, batch_size=sizes[there])
+            if self._try(candidate) is None or self.hours(here) <= _BETTER * self.hours(candidate):
                 break
             at, improved = there, True
         return improved
 
-    def _sized(self, batch_size: int) -> Candidate:
-        return replace(self.start, batch_size=batch_size)
+    def _compiled(self, start: Candidate) -> Iterator[Candidate]:
+        if start.compiled:
+            yield replace(start, compiled=False)
+        elif 3600 * self.hours(start) > 2 * _COMPILING:
+            yield replace(start, compiled=True)
 
-    def _compiled(self, best: Candidate) -> Iterator[Candidate]:
-        if best.compiled:
-            yield replace(best, compiled=False)
-        elif 3600 * self.hours(best) > 2 * _COMPILING:
-            yield replace(best, compiled=True)
-            if self.best.compiled and (size := self._too_large(best)) is not None:  # it needs less memory, too
-                yield replace(best, compiled=True, batch_size=size)
+    def _compiled_too(self) -> Iterator[Candidate]:
+        """If compiling has won, then with the best micro-batch too, and with one that only fits compiled."""
+        if self.best.compiled:
+            plain = [candidate for candidate in self.rows if not candidate.compiled]
+            if plain:
+                yield replace(min(plain, key=self.hours), compiled=True)
+            if (size := self._too_large(self.best)) is not None:
+                yield replace(self.best, batch_size=size)
 
     def _chunked(self, best: Candidate) -> Iterator[Candidate]:
         """A CPU has its own loss. What memory it saves may let a larger micro-batch fit."""

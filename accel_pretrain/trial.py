@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,23 +136,32 @@ def _trial(
         _limit_memory(device, limit)
     splits = made_up_tokens(vocab_size)
     accumulation = samples // config.training.batch_size
-    # An update of many micro-steps takes as long as one of one, and so many times what one of two takes longer.
-    counts = [accumulation] if accumulation <= 2 else [1, 2]
-    first, *others = (_plan(config, splits, count, updates) for count in reversed(counts))
-    run = build(config, first, splits, accelerator, folder)
-    runs, state = [run, *(_with_plan(run, plan) for plan in others)], TrainState()
-    timers = [timer(device, lambda run=run: _update(run, state), time.perf_counter) for run in runs]
-    beginning = timers[0]()
-    times = [[one()] for one in timers]  # not counted: the first with gradients of its own, and with the optimizer's state
+    run, state = build(config, _plan(config, splits, min(2, accumulation), updates), splits, accelerator, folder), TrainState()
+    two = _timer(run, state)
+    beginning, usual = two(), two()  # the second is the first one with gradients and the optimizer's state in place
+    if accumulation <= 2:
+        timers = [two]
+    elif accumulation * usual < seconds:
+        timers = [_timer(_with_plan(run, _plan(config, splits, accumulation, updates)), state)]
+    else:  # whole updates would take too long
+        timers = [two, _timer(_with_plan(run, _plan(config, splits, 1, updates)), state)]
+    rounds: list[list[float]] = []
     end = time.perf_counter() + seconds
-    while len(times[0]) <= _LEAST or (time.perf_counter() < end and len(times[0]) <= _MOST):
-        if len(times[0]) > 1 and time.perf_counter() > end + seconds:
+    while len(rounds) < _LEAST or (time.perf_counter() < end and len(rounds) < _MOST):
+        if rounds and time.perf_counter() > end + seconds:
             break  # each takes long, so one will do
-        for one, found in zip(timers, times, strict=True):
-            found.append(one())
-    longest, *shorter = (statistics.median(found[1:]) for found in times)
-    update = shorter[0] + (accumulation - 1) * max(0.0, longest - shorter[0]) if shorter else longest
-    return Trial(seconds=update, first=max(0.0, beginning - longest), peak=_peak(device))
+        rounds.append([each() for each in timers])
+    if len(timers) == 1:
+        update = statistics.median(took for (took,) in rounds)
+    else:  # as long as an update of one micro-step, and so many times what one of two takes longer
+        update = statistics.median(
+            single + (accumulation - 1) * max(0.0, double - single) for double, single in rounds[1:] or rounds
+        )
+    return Trial(seconds=update, first=max(0.0, beginning - usual), peak=_peak(device))
+
+
+def _timer(run: TrainingRun, state: TrainState) -> Callable[[], float]:
+    return timer(run.accelerator.device, lambda: _update(run, state), time.perf_counter)
 
 
 def _plan(config: RunConfig, splits: Splits, accumulation: int, updates: int) -> Plan:
