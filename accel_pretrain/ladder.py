@@ -163,13 +163,12 @@ class Search:
             yield replace(start, compiled=True)
 
     def _compiled_too(self) -> Iterator[Candidate]:
-        """If compiling has won, then with the best micro-batch too, and with one that only fits compiled."""
-        if self.best.compiled:
-            plain = [candidate for candidate in self.rows if not candidate.compiled]
-            if plain:
-                yield replace(min(plain, key=self.hours), compiled=True)
+        """If compiling has paid where it was tried, then with the best micro-batch too, and one that only fits compiled."""
+        pairs = [(c, replace(c, compiled=False)) for c in self.rows if c.compiled and replace(c, compiled=False) in self.rows]
+        if any(self.hours(plain) > _BETTER * self.hours(compiled) for compiled, plain in pairs):
+            yield replace(self.best, compiled=True)
             if (size := self._too_large(self.best)) is not None:
-                yield replace(self.best, batch_size=size)
+                yield replace(self.best, compiled=True, batch_size=size)
 
     def _chunked(self, best: Candidate) -> Iterator[Candidate]:
         """A CPU has its own loss. What memory it saves may let a larger micro-batch fit."""

@@ -99,6 +99,17 @@ def test_compiling_must_pay_in_the_planned_run(updates: int, compiled: bool):
     assert search.best.compiled == compiled
 
 
+def test_compiling_is_tried_with_the_best_micro_batch_and_with_one_that_only_fits_so():
+    def machine(candidate: Candidate) -> Trial:
+        if candidate.batch_size > (48 if candidate.compiled else 16):
+            return OUTLAW
+        return Trial(seconds=seconds(candidate, 48) * (0.9 if candidate.compiled else 1.0), first=10.0 * candidate.compiled)
+
+    search = searched(machine)
+    assert Candidate(16, True, "none") in search.rows
+    assert search.best == Candidate(48, True, "none")
+
+
 def test_a_short_run_is_not_compiled_at_all():
     assert not any(c.compiled for c in searched(lambda candidate: Trial(seconds=0.01), max_iters=50).rows)
 
