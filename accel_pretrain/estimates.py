@@ -153,8 +153,7 @@ def kept_by_attention(load: Workload, layer: int) -> tuple[int, int]:
     if model.qk_norm:
         kept += kept_by_norm(load, HE, heads=H) + kept_by_norm(load, GE, heads=model.kv_heads)
     if model.embeds_values(layer):
-        gate = min(_GATE_INPUTS, model.d_model)
-        kept += GE * FP32 + 2 * model.kv_heads * a + (gate * a if a != FP32 else 0)
+        kept += GE * FP32 + 2 * model.kv_heads * a
     slides = model.slides(layer) and (model.sliding_window or T) < T
     if model.attention_softcap is not None:  # by hand: scores after tanh, and weights
         dropped = (FP32 if a != FP32 else 2 * FP32) * H * T if model.dropout else 0
@@ -178,8 +177,7 @@ def kept_by_block(load: Workload, layer: int) -> int:
         if model.attention_softcap is not None or (model.dropout and load.device == "cpu"):
             heads = attention
         return N * (D * FP32 + 3 * D * a + heads + (3 if model.is_gated else 2) * F * a + 2 * FP32) + once
-    inputs = (3 if a != FP32 else 1) * D * a  # under autocast every product makes its own copy of its input
-    ff_inputs = (2 if a != FP32 and model.is_gated else 1) * D * a
+    inputs = ff_inputs = D * a
     feed_forward = (4 if model.is_gated else 2) * F * a
     norms = 2 * kept_by_norm(load, D)
     if model.sandwich_norm:
@@ -210,8 +208,7 @@ def kept_outside_blocks(load: Workload) -> int:
     """Bytes that are kept before the first block and after the last, but for the logits: ids, targets, the last norm."""
     model, D, N = load.model, load.model.d_model, load.tokens
     mask = (D * (FP32 if load.device == "cpu" else 1)) if model.dropout else 0
-    normed = D * (FP32 if load.loss_in_chunks else load.width)
-    return N * (16 + mask + kept_by_norm(load, D) + normed) + 8 * load.batch_size
+    return N * (16 + mask + kept_by_norm(load, D) + D * load.width) + 8 * load.batch_size
 
 
 def activations(load: Workload) -> int:
@@ -227,10 +224,11 @@ def logits(load: Workload) -> int:
     """
     if load.loss_in_chunks:
         capped = 1 if load.model.logit_softcap is not None else 0  # its slope
-        matrix, whole = load.vocab_size * load.model.d_model, load.tokens * load.vocab_size * load.width
+        matrix = load.vocab_size * load.model.d_model
+        chunk = load.vocab_size * load.width * cpu_loss.chunk_rows(load.tokens, load.vocab_size, load.model.d_model, load.width)
         piece = min(cpu_loss.CACHE_BYTES, FP32 * load.tokens * load.vocab_size)
-        lowered = 0 if load.width == FP32 else load.width * (matrix + load.tokens * load.model.d_model)
-        return math.ceil(whole / math.ceil(whole / cpu_loss.LOGIT_BYTES)) + (1 + capped) * piece + lowered + load.width * matrix
+        lowered = 0 if load.width == FP32 else load.width * matrix
+        return chunk + (1 + capped) * piece + lowered + min(cpu_loss.CACHE_BYTES, FP32 * matrix) * load.width // FP32
     capped = load.width if load.model.logit_softcap is not None else 0
     return load.tokens * load.vocab_size * (3 * FP32 + capped)
 
@@ -280,8 +278,8 @@ def memory(load: Workload) -> Memory:
         known = output + N * load.model.d_model * load.width
         head = 0 if load.width == FP32 else N * load.model.d_model * FP32
     again = output if early else 0  # a new gradient is made beside the one that it is added to,
-    if load.model.tie_embeddings:  # and that of a tied matrix is the sum of two; known early, one serves as the sum
-        again += output if load.loss_in_chunks else 2 * output
+    if load.model.tie_embeddings:  # and that of a tied matrix is the sum of two, one of which is sparse on a CPU
+        again += output if load.device == "cpu" else 2 * output
     forward = {"weight copies": copies, "activations": kept}
     moments = [
         Memory("the loss", {**standing, "gradients": early + known, **forward, "logits": logits(load)}),

@@ -19,10 +19,17 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    set_seed,
+)
 
 from accel_pretrain.errors import ConfigError, refuse
-from accel_pretrain.launchers import launched, meeting_place, refuse_missing_processes
+from accel_pretrain.launch_checks import launch_notices, refuse_missing_processes, settle_launch
+from accel_pretrain.launchers import launched, machines, meeting, meeting_place
 from accel_pretrain.models.recompute import Level
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
@@ -43,6 +50,9 @@ class TrainingConfig:
     grad_clip: float | None = option(1.0, "largest norm of the gradient; null: no clipping", aliases=("max_grad_norm",))
     mixed_precision: Literal["no", "bf16", "fp16", "float32", "bfloat16", "float16"] | None = option(
         None, "no | bf16 | fp16; null: the launcher's, else bf16 where the GPU or CPU computes in it", aliases=("dtype",)
+    )
+    gradient_compression: Literal["bf16"] | None = option(
+        None, "bf16: exchange gradients in half the bytes, which changes the curve a little; NVIDIA GPUs; null: float32"
     )
     compile: bool | None = option(None, "compile the blocks with torch.compile; null: in runs so long that it pays")
     activation_checkpointing: Level = option(
@@ -95,6 +105,7 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
     number of processes that Accelerate does not see, or fewer than it was asked for.
     """
     cpu = _use_cpu(training.device)
+    settle_launch(cpu, gpus=0 if cpu else torch.cuda.device_count())
     precision, _ = resolve_precision(training, cpu)
     refuse(
         (precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"),
@@ -109,26 +120,41 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
     # Longer than the watchdog of any process waits, so that it is the one to say where a run hangs.
     timeout = timedelta(seconds=3 * (training.hang_timeout or 24 * 3600) + 60)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=precision,
-        # A plugin, because the bare argument would give way to a variable that `accelerate launch` may export.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=1, adjust_scheduler=False, sync_with_dataloader=False
-        ),
-        # Rotary tables are buffers and equal everywhere: broadcasting them at every forward would only cost time.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timeout, init_method=meeting_place()),
-        ],
-        log_with=[*log_with] or None,
-        project_dir=str(run_dir),
-    )
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset", category=UserWarning)
+    with meeting():
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=precision,
+            # A plugin, because the bare argument would give way to a variable that `accelerate launch` may export.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=1, adjust_scheduler=False, sync_with_dataloader=False
+            ),
+            kwargs_handlers=[
+                ddp_settings(training, cpu),
+                InitProcessGroupKwargs(timeout=timeout, init_method=meeting_place()),
+            ],
+            log_with=[*log_with] or None,
+            project_dir=str(run_dir),
+        )
+    if cpu:
+        torch.set_num_threads(_threads(training.cpu_threads))  # again: Accelerate has an opinion, for several processes
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise ConfigError(f"the launcher started {expected} processes, but Accelerate sees {accelerator.num_processes}")
     refuse_missing_processes(cpu, accelerator.num_processes)
     return accelerator
+
+
+def ddp_settings(training: TrainingConfig, cpu: bool) -> DistributedDataParallelKwargs:
+    """How gradients are exchanged: out of DDP's buckets without a copy, in bfloat16 if that is asked for.
+
+    Rotary tables are buffers and equal everywhere: broadcasting them at every forward would only cost time.
+    """
+    half = training.gradient_compression == "bf16"
+    advice = "training.gradient_compression: needs NVIDIA GPUs (NCCL); type --gradient_compression null"
+    refuse((half and (cpu or not torch.cuda.is_available()), advice))
+    hook = DDPCommunicationHookType.BF16 if half else DDPCommunicationHookType.NO
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
 
 
 def _threads(wanted: int | None) -> int:
@@ -137,6 +163,8 @@ def _threads(wanted: int | None) -> int:
     if wanted is not None or chosen > 1 or (chosen == 1 and not launched()):
         return wanted or chosen
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if own := os.environ.get("SLURM_CPUS_PER_TASK"):  # each task has its own cores
+        return max(1, min(cores, int(own)))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -144,7 +172,13 @@ def _use_cpu(wanted: str) -> bool:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     available = {"auto": True, "cpu": True, "cuda": cuda, "mps": mps}[wanted]
-    refuse((not available, f"training.device: {wanted} is not available on this machine; type --device auto"))
+    refuse(
+        (not available, f"training.device: {wanted} is not available on this machine; type --device auto"),
+        (
+            available and forced and wanted in ("cuda", "mps"),
+            f"training.device: {wanted}, but ACCELERATE_USE_CPU is set; type: unset ACCELERATE_USE_CPU",
+        ),
+    )
     return wanted == "cpu" or forced or not (cuda or mps)
 
 
@@ -211,12 +245,15 @@ def few_collections() -> Iterator[None]:
 
 
 def describe_runtime(accelerator: Accelerator, training: TrainingConfig) -> str:
-    """One line: device, processes, precision and who chose it."""
+    """One line: device, processes, precision and who chose it; and one for each thing about the launch to think about."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     precision, source = resolve_precision(training, device.type == "cpu")
     shown = "fp32" if precision == "no" else precision
-    return f"Device: {device} ({name}) | Processes: {accelerator.num_processes} | Precision: {shown} (from the {source})"
+    spread = f" on {count} machines" if (count := machines()) > 1 else ""
+    processes = f"Processes: {accelerator.num_processes}{spread}"
+    line = f"Device: {device} ({name}) | {processes} | Precision: {shown} (from the {source})"
+    return "\n".join([line, *(f"Notice: {notice}" for notice in launch_notices())])
 
 
 def seed_everything(seed: int) -> None:

@@ -280,3 +280,19 @@ def test_models_have_the_same_loss_and_gradients(config: ModelConfig, dtype: tor
         exact = loss_and_grads(model, torch.float32, ids_BS)
         assert error(quick[1:], exact[1:]) <= 1.1 * error(plain[1:], exact[1:])
         assert error(quick[1:], plain[1:]) > 0
+
+
+def test_the_compiled_loss_is_the_same_and_wrong_targets_are_seen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_loss, "CACHE_BYTES", 4 * V * 5)  # 24 tokens: four pieces of five, and one that is not compiled
+    inputs, targets_BT = loss_inputs()
+    targets_BT[0, 0] = IGNORE
+    counts_B = torch.full((B,), 0.5)
+    for softcap in (None, 3.0):
+        plain = out_and_grads(lambda x, w, c=softcap: cpu_loss.head_loss(x, w, targets_BT, c), inputs, counts_B)
+        found = out_and_grads(lambda x, w, c=softcap: cpu_loss.head_loss(x, w, targets_BT, c, compiled=True), inputs, counts_B)
+        for one, other in zip(found, plain, strict=True):
+            assert error([one], [other]) < 1e-6
+        wrong = out_and_grads(
+            lambda x, w, c=softcap: cpu_loss.head_loss(x, w, targets_BT.roll(1), c, compiled=True), inputs, counts_B
+        )
+        assert error(wrong, plain) > 1e-2

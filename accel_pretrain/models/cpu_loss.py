@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from torch.nn import functional as F
 from accel_pretrain.loss import IGNORE
 
 LOGIT_BYTES = 1 << 27  # of logits at a time, in the dtype of the products
-CACHE_BYTES = 1 << 22  # of logits at a time in float32
+SMALLEST_CHUNK = 1 << 24
+CACHE_BYTES = 1 << 22  # of logits, and of the weight's gradient, at a time in float32
 PAYS_FROM = 1 << 18  # logits in all: below, the calls cost more than the memory
 
 
@@ -20,9 +23,11 @@ def fits(x_BTD: torch.Tensor, vocab_size: int) -> bool:
     return known and x_BTD[..., 0].numel() * vocab_size >= PAYS_FROM
 
 
-def head_loss(x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, softcap: float | None) -> torch.Tensor:
+def head_loss(
+    x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, softcap: float | None, *, compiled: bool = False
+) -> torch.Tensor:
     """:func:`~accel_pretrain.loss.next_token_loss` of ``x @ weight.T``, after a soft cap if there is one: ``nats_B``."""
-    return _HeadLoss.apply(x_BTD, weight_VD, targets_BT, softcap, _dtype_of_products(x_BTD))  # type: ignore[return-value]
+    return _HeadLoss.apply(x_BTD, weight_VD, targets_BT, softcap, _dtype_of_products(x_BTD), compiled)  # type: ignore[return-value]
 
 
 def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
@@ -40,11 +45,11 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, softcap: float | None,
-        dtype: torch.dtype,
+        dtype: torch.dtype, compiled: bool,
     ) -> torch.Tensor:  # fmt: skip
         ctx.save_for_backward(x_BTD, weight_VD, targets_BT)
-        ctx.softcap, ctx.dtype = softcap, dtype
-        nats_B, ctx.gradients = _chunked(x_BTD, weight_VD, targets_BT, softcap, dtype, None, any(ctx.needs_input_grad[:2]))
+        ctx.settings, wanted = (softcap, dtype, compiled), any(ctx.needs_input_grad[:2])
+        nats_B, ctx.gradients = _chunked(x_BTD, weight_VD, targets_BT, ctx.settings, None, wanted)
         return nats_B
 
     @staticmethod
@@ -55,40 +60,51 @@ class _HeadLoss(torch.autograd.Function):
         if gradients is not None and (counts_B == counts_B[0]).all():
             x_grad_BTD, weight_grad_VD = (gradient.to(torch.float32).mul_(counts_B[0]) for gradient in gradients)
         else:
-            _, gradients = _chunked(x_BTD, weight_VD, targets_BT, ctx.softcap, ctx.dtype, counts_B, True)
+            _, gradients = _chunked(x_BTD, weight_VD, targets_BT, ctx.settings, counts_B, True)
             assert gradients is not None
             x_grad_BTD, weight_grad_VD = gradients
-        return x_grad_BTD.to(x_BTD.dtype), weight_grad_VD.to(weight_VD.dtype), None, None, None
+        return x_grad_BTD.to(x_BTD.dtype), weight_grad_VD.to(weight_VD.dtype), None, None, None, None
 
 
 def _chunked(
-    x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, softcap: float | None, dtype: torch.dtype,
+    x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, settings: tuple[float | None, torch.dtype, bool],
     counts_B: torch.Tensor | None, with_gradients: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:  # fmt: skip
     """Nats of each sequence; and the gradients of their sum weighted by ``counts_B``: of x in ``dtype``, of weight in float32.
 
-    N are tokens. Chunks are as large as their memory allows: after each, a gradient of the weight is added up in float32.
+    N are tokens. Chunks of logits are no smaller than the weight: after each, a gradient of the weight is added up in float32,
+    by parts that fit into the cache.
     """
-    (B, T), (V, D) = targets_BT.shape, weight_VD.shape
+    (B, T), (V, D), (softcap, dtype, compiled) = targets_BT.shape, weight_VD.shape, settings
     x_ND, targets_N, lowered_VD = x_BTD.reshape(B * T, D).to(dtype), targets_BT.flatten(), weight_VD.to(dtype)
     ignored_N = targets_N == IGNORE
     counts_N = torch.ones(B * T) if counts_B is None else counts_B.float().repeat_interleave(T)
     counts_N = None if counts_B is None and not ignored_N.any() else counts_N.masked_fill_(ignored_N, 0)
     targets_N = targets_N.masked_fill(ignored_N, 0)
-    chunks = -(-B * T * V * dtype.itemsize // LOGIT_BYTES)
-    rows = -(-B * T // chunks)
+    rows = chunk_rows(B * T, V, D, dtype.itemsize)
     nats_N, logits = torch.empty(B * T), torch.empty(rows, V, dtype=dtype)
     gradients = (torch.empty_like(x_ND), torch.empty(V, D)) if with_gradients else None
-    product_VD = torch.empty_like(lowered_VD if with_gradients else lowered_VD[:0])
+    columns = _pieces(V, max(1, CACHE_BYTES // (4 * D)))
+    product_VD = torch.empty(columns[0].stop, D, dtype=dtype)
     for part in _pieces(B * T, rows):
         logits_NV = torch.mm(x_ND[part], lowered_VD.t(), out=logits[: part.stop - part.start])
-        nats_N[part] = _loss(logits_NV, targets_N[part], softcap, with_gradients, None if counts_N is None else counts_N[part])
-        if gradients is not None:
-            torch.mm(logits_NV, lowered_VD, out=gradients[0][part])
-            torch.mm(logits_NV.t(), x_ND[part], out=product_VD)
-            gradients[1].add_(product_VD) if part.start else gradients[1].copy_(product_VD)
+        counts = None if counts_N is None else counts_N[part]
+        nats_N[part] = _loss(logits_NV, targets_N[part], softcap, with_gradients, counts, compiled)
+        if gradients is None:
+            continue
+        torch.mm(logits_NV, lowered_VD, out=gradients[0][part])
+        for column in columns:
+            product = torch.mm(logits_NV[:, column].t(), x_ND[part], out=product_VD[: column.stop - column.start])
+            gradients[1][column].add_(product) if part.start else gradients[1][column].copy_(product)
     nats_B = nats_N.masked_fill_(ignored_N, 0).view(B, T).sum(dim=1)
     return nats_B, None if gradients is None else (gradients[0].view(B, T, D), gradients[1])
+
+
+def chunk_rows(tokens: int, vocab_size: int, width: int, itemsize: int) -> int:
+    """For how many tokens at a time logits are computed: chunks as equal as can be."""
+    most = min(LOGIT_BYTES, max(SMALLEST_CHUNK, 4 * vocab_size * width))
+    chunks = -(-tokens * vocab_size * itemsize // most)
+    return -(-tokens // chunks)
 
 
 def _pieces(count: int, size: int) -> list[slice]:
@@ -96,14 +112,24 @@ def _pieces(count: int, size: int) -> list[slice]:
 
 
 def _loss(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, softcap: float | None, in_place: bool, counts_N: torch.Tensor | None
-) -> torch.Tensor:
-    """Nats of each token, in float32. ``in_place`` writes their gradient, times the counts if given, over the logits."""
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, softcap: float | None, in_place: bool, counts_N: torch.Tensor | None,
+    compiled: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Nats of each token, in float32. ``in_place`` writes their gradient, times the counts if given, over the logits.
+
+    By pieces that fit into the cache: a compiled one takes three passes over its logits, one step by step a dozen.
+    """
     (N, V), nats = logits_NV.shape, []
     rows = max(1, CACHE_BYTES // (4 * V))
-    space, slopes = torch.empty(min(rows, N), V), torch.empty(0 if softcap is None else min(rows, N), V)
+    fused = _compiled() if compiled and in_place and rows <= N else None
+    space = torch.empty(min(rows, N % rows if fused else N), V)
+    slopes = torch.empty_like(space) if softcap is not None else space[:0]
     for part in _pieces(N, rows):
         given_NV, targets_N1 = logits_NV[part], targets_N[part, None]
+        counts_N1 = None if counts_N is None else counts_N[part, None]
+        if fused is not None and part.stop - part.start == rows:  # one shape, compiled once
+            nats.append(fused(given_NV, targets_N1, softcap, counts_N1))
+            continue
         p_NV = space[: part.stop - part.start].copy_(given_NV)
         slope_NV = None if softcap is None else _cap_(p_NV, softcap, slopes)
         torch.softmax(p_NV, -1, out=p_NV)
@@ -111,14 +137,42 @@ def _loss(
         nats.append(-p_N1.squeeze(1).log())
         if (p_N1 < 1e-30).any():  # almost, or altogether, beyond float32
             exact_NV = given_NV.float()
-            _ = softcap and _cap_(exact_NV, softcap, slopes)
+            _ = softcap and _cap_(exact_NV, softcap, torch.empty_like(exact_NV))  # slopes are still needed
             nats[-1] = F.cross_entropy(exact_NV, targets_N[part], reduction="none")
         if in_place:
             p_NV.scatter_add_(1, targets_N1, torch.full_like(p_N1, -1))
-            for factor in (slope_NV, None if counts_N is None else counts_N[part, None]):
+            for factor in (slope_NV, counts_N1):
                 _ = factor is None or p_NV.mul_(factor)
             given_NV.copy_(p_NV)
     return torch.cat(nats)
+
+
+def _fused(
+    logits_NV: torch.Tensor, targets_N1: torch.Tensor, softcap: float | None, counts_N1: torch.Tensor | None
+) -> torch.Tensor:
+    """A piece of :func:`_loss`, written for the compiler."""
+    capped_NV = logits_NV.float()
+    slope_NV = None
+    if softcap is not None:
+        turned_NV = torch.tanh(capped_NV / softcap)
+        capped_NV, slope_NV = softcap * turned_NV, 1 - turned_NV.square()
+    most_N1 = capped_NV.amax(1, keepdim=True)
+    powers_NV = torch.exp(capped_NV - most_N1)
+    total_N1 = powers_NV.sum(1, keepdim=True)
+    target_N1 = logits_NV.gather(1, targets_N1).float()
+    if softcap is not None:
+        target_N1 = softcap * torch.tanh(target_N1 / softcap)
+    nats_N = (total_N1.log() + most_N1 - target_N1).squeeze(1)
+    grad_NV = powers_NV / total_N1 - (torch.arange(logits_NV.shape[1]) == targets_N1).float()
+    for factor in (slope_NV, counts_N1):
+        grad_NV = grad_NV if factor is None else grad_NV * factor
+    logits_NV.copy_(grad_NV)
+    return nats_N
+
+
+@functools.cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    return torch.compile(_fused, dynamic=False)
 
 
 def _cap_(logits: torch.Tensor, softcap: float, space: torch.Tensor) -> torch.Tensor:

@@ -112,7 +112,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        self.config, self.vocab_size, self.compiled = config, vocab_size, False
         self.chunked_loss = False  # see head_loss
         self.embed_tokens = TokenEmbedding(vocab_size, config.d_model, tied=config.tie_embeddings)
         if config.position == "learned":
@@ -131,6 +131,17 @@ class Transformer(nn.Module):
             own = self.config.sliding_window is not None and self.config.sliding_rope_theta is not None
             self.register_buffer("rope", rope_table(self.config), persistent=False)
             self.register_buffer("sliding_rope", rope_table(self.config, sliding=True) if own else None, persistent=False)
+
+    def compile_parts(self) -> None:
+        """Compile the blocks, and the loss, in place: parameter names stay, and DDP still overlaps its communication.
+
+        On a GPU the compiled loss makes no float32 copy of the logits.
+        """
+        self.compiled = True
+        for layer in self.layers:
+            layer.compile()
+        if self.output_matrix.device.type != "cpu":
+            self._loss = torch.compile(self._loss)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -181,7 +192,7 @@ class Transformer(nn.Module):
         if targets_BT is None:
             return self._logits(x_BTD)
         if cpu_loss.fits(x_BTD, self.vocab_size):
-            return cpu_loss.head_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
+            return cpu_loss.head_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap, compiled=self.compiled)
         if self.chunked_loss and torch.is_grad_enabled():
             return head_loss.chunked_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
         return self._loss(x_BTD, targets_BT)
@@ -233,16 +244,6 @@ class Transformer(nn.Module):
         """From now on compute (parts of) blocks again in the backward pass: :mod:`~accel_pretrain.models.recompute`."""
         for layer in self.layers:
             layer.checkpointing = level  # type: ignore[assignment]
-
-    def compile_parts(self) -> None:
-        """Compile the blocks, and on a GPU the loss, in place: parameter names stay, and DDP overlaps its communication.
-
-        A compiled loss makes no float32 copy of the logits.
-        """
-        for layer in self.layers:
-            layer.compile()
-        if self.output_matrix.device.type != "cpu":
-            self._loss = torch.compile(self._loss)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
