@@ -9,6 +9,8 @@ attention takes, forward and backward; ``checks``, losses and gradients of the f
 an update never waits for the device; ``speed``, real updates (:mod:`accel_pretrain.trial`, each in a process of its own) of
 GPT-2 124M and 355M at T=1024 and of a Llama of 1.1 billion parameters at T=2048, compiled, bf16; ``turns``, against nanoGPT.
 Exits with 1 if a check fails. nanoGPT is a checkout of https://github.com/karpathy/nanoGPT.
+
+No GPU was at hand when this was written: only the form for a CPU has ever run.
 """
 
 from __future__ import annotations

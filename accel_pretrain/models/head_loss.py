@@ -1,7 +1,8 @@
 """The loss of the output matrix on a GPU in chunks of tokens: no tensor of the size of all logits exists.
 
-Slower than the plain loss where that fits (its softmax is done by more, smaller kernels), so it is a choice:
-``training.chunked_loss``. Plain PyTorch on any device; a CPU has its own, :mod:`~accel_pretrain.models.cpu_loss`.
+Presumably slower than the plain loss where that fits (its softmax is done by more, smaller kernels), so it is a choice,
+``training.chunked_loss``: on a GPU it was not measured yet (``benchmarks.gpu`` checks it, ``accel_pretrain.tune`` times it).
+Plain PyTorch on any device; a CPU has its own, :mod:`~accel_pretrain.models.cpu_loss`.
 """
 
 from __future__ import annotations
