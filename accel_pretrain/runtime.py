@@ -7,6 +7,7 @@ result are described in the config file.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import warnings
@@ -30,6 +31,7 @@ from accelerate.utils import (
 from accel_pretrain.errors import ConfigError, refuse
 from accel_pretrain.launch_checks import launch_notices, refuse_missing_processes, settle_launch
 from accel_pretrain.launchers import launched, machines, meeting, meeting_place, sharding_asked_for
+from accel_pretrain.models.recompute import Level
 from accel_pretrain.parallel import ParallelConfig, build_plugin, insist, strategy_of
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
@@ -55,6 +57,11 @@ class TrainingConfig:
         None, "bf16: exchange gradients in half the bytes, which changes the curve a little; NVIDIA GPUs; null: float32"
     )
     compile: bool | None = option(None, "compile the blocks with torch.compile; null: in runs so long that it pays")
+    activation_checkpointing: Level = option(
+        "none", "less memory, more time. none | selective: keep products and attention of a block | full: only its input"
+    )
+    chunked_loss: bool = option(False, "on a GPU, logits and loss of some tokens at a time: less memory, a little slower")
+    tf32: bool = option(False, "on a GPU, products in float32 of inputs rounded to 10 bits: faster where mixed_precision is no")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
     cpu_threads: int | None = option(None, "threads per process on a CPU; null: the cores shared among the processes here")
     seed: int = option(42, "of the initial weights, the data order and dropout")
@@ -104,11 +111,16 @@ def build_accelerator(
     cpu = _use_cpu(training.device)
     settle_launch(cpu, gpus=0 if cpu else torch.cuda.device_count())
     precision, _ = resolve_precision(training, cpu)
-    refuse((precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"))
+    refuse(
+        (precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"),
+        (precision == "fp16" and training.chunked_loss, "training.chunked_loss: its gradients are too small for fp16"),
+    )
     if cpu:
         # Huge pages for large tensors, where Linux lets one ask for them. PyTorch looks when it makes its first tensor.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         torch.set_num_threads(_threads(training.cpu_threads))
+    else:
+        torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
     # Longer than the watchdog of any process waits, so that it is the one to say where a run hangs.
     timeout = timedelta(seconds=3 * (training.hang_timeout or 24 * 3600) + 60)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -214,6 +226,11 @@ def runtime_of(training: TrainingConfig) -> tuple[bool, int]:
     return _use_cpu(training.device), _threads(training.cpu_threads)
 
 
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "accel_pretrain"
+
+
 def wandb_knows_me() -> bool:
     """Whether wandb will find a key, or was told to work offline."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE", "online") != "online":
@@ -231,10 +248,14 @@ def _cpu_has_bf16() -> bool:
 _COMPILE_FROM_FLOPS = {"cpu": 1e15, "cuda": 1e17}
 
 
+def wants_compile(training: TrainingConfig, flops: float, kind: str) -> bool:
+    """Whether a process that computes so much, on a device of this kind, is to compile; a compiler may still be missing."""
+    return training.compile if training.compile is not None else flops >= _COMPILE_FROM_FLOPS.get(kind, math.inf)
+
+
 def resolve_compile(training: TrainingConfig, flops: float, device: torch.device) -> tuple[bool, str | None]:
     """Whether to compile, and a notice about it. A function of the config, not of the clock: a resumed run does the same."""
-    wanted = training.compile if training.compile is not None else flops >= _COMPILE_FROM_FLOPS.get(device.type, math.inf)
-    if not wanted:
+    if not wants_compile(training, flops, device.type):
         return False, None
     from torch._inductor import cpp_builder, exc  # takes seconds
 
@@ -243,6 +264,17 @@ def resolve_compile(training: TrainingConfig, flops: float, device: torch.device
     except (exc.InvalidCxxCompiler, RuntimeError):  # the second on Windows
         return False, "not compiled: torch.compile needs a C++ compiler, such as g++, and found none"
     return True, "the first update compiles the model's blocks; --compile false leaves that out"
+
+
+@contextlib.contextmanager
+def few_collections() -> Iterator[None]:
+    """Keep what exists now, some 10^5 objects, out of Python's garbage collections: each would take 0.2 s, now and then."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def describe_runtime(accelerator: Accelerator, training: TrainingConfig, parallel: ParallelConfig) -> str:
