@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
 from accel_pretrain.guard import Guard
+from accel_pretrain.history import record_start
 from accel_pretrain.launchers import is_restart
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
@@ -177,6 +178,8 @@ def assemble(
     compiled, notice = resolve_compile(config.training, flops, accelerator.device)
     if compiled:
         module.compile_parts()
+    if accelerator.is_main_process:
+        record_start(run_dir, state.step, describe_runtime(accelerator, config.training), asdict(plan))
     with together(accelerator, PretrainError):
         log = RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters)
 

@@ -28,6 +28,8 @@ LEVELS = (
         "watchdog",
         "session",
         "metrics",
+        "history",
+        "curves",
         "trackers",
         "peers",
         "machines",
@@ -38,8 +40,8 @@ LEVELS = (
     ),
     ("generate", "validation", "hindsight"),
     ("config", "outlook", "lint_settings", "lint_run", "lint"),
-    ("run", "recovery", "loop", "harness", "proofs"),
-    ("train", "evaluate", "sample", "plan", "doctor", "hf", "plot", "report"),
+    ("run", "recovery", "loop", "harness", "proofs", "report_facts", "report_figures", "report_page"),
+    ("train", "evaluate", "sample", "plan", "doctor", "hf", "plot", "report", "compare"),
 )
 TORCH_FREE = {*LEVELS[0], *LEVELS[1]}
 ACCELERATE_FREE = TORCH_FREE | set(LEVELS[2])
