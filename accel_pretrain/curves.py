@@ -168,9 +168,16 @@ def without_abandoned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def unit_of(runs: Sequence[Run], axis: str) -> tuple[str, float]:
-    """What to write below an axis, and by what to divide: short runs are shown in minutes."""
-    if axis == "time" and max((float(run.axis("time").max(initial=0)) for run in runs), default=0) < 3:
+    """What to write below an axis, and what it is divided by: minutes for short runs; millions and more of what is many."""
+    end = max((float(np.nanmax(run.axis(axis), initial=0)) for run in runs), default=0.0)
+    if axis == "time" and end < 3:
         return "Minutes of training", 1 / 60
+    if axis in ("tokens", "flops"):
+        sizes = {1e21: "Z", 1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k"}
+        if size := next((size for size in sizes if end >= 10 * size), None):
+            words = {1e12: "trillions", 1e9: "billions", 1e6: "millions", 1e3: "thousands"}
+            named = words.get(size, f"{size:g}") if axis == "tokens" else f"{sizes[size]}FLOP"
+            return f"{AXES[axis].partition(' (')[0]} ({named})", size
     return AXES[axis], 1.0
 
 
