@@ -65,6 +65,8 @@ PANELS = {
     "train/tokens_per_sec": "Throughput (tokens per second)",
     "train/peak_memory_gb": "Peak memory (GB)",
 }
+LOG_FOR_SPIKES = ("train/loss", "train/grad_norm")
+LOG_TOO = (*LOG_FOR_SPIKES, "train/learning_rate")
 FROM_ZERO = ("train/learning_rate", "train/tokens_per_sec", "train/peak_memory_gb")
 
 
@@ -148,6 +150,8 @@ def panels_of(figure: Figure, shown: Sequence[str]) -> list[Axes]:
     """Two rows of panels; where there are five, the loss has the place of two."""
     rows = [shown[:2], shown[2:]] if len(shown) == 4 else [[shown[0], *shown[:2]], shown[2:]]
     axes = figure.subplot_mosaic([list(row) for row in rows], sharex=True)
+    for ax in axes.values():
+        ax.tick_params(labelbottom=len(shown) > 4 or ax in list(axes.values())[2:])
     return [axes[metric] for metric in shown]
 
 
@@ -185,10 +189,11 @@ def finish_panel(ax: Axes, metric: str, label: str, log: str) -> None:
     ax.yaxis.set_label_coords(0, 1.03)
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in ax.lines] or [np.empty(0)])
     values = values[np.isfinite(values)]
+    wanted = LOG_TOO if log in ("y", "xy") else LOG_FOR_SPIKES if log == "auto" and wants_log(values) else ()
     if not values.size:
         ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", va="center", color=FAINT)
         ax.set_yticks([])
-    elif (log in ("y", "xy") and values.min() > 0) or (log == "auto" and metric not in FROM_ZERO and wants_log(values)):
+    elif values.min() > 0 and metric in wanted:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     elif metric in FROM_ZERO:
