@@ -1,9 +1,9 @@
-"""Is A better than B? ``python -m accel_pretrain.compare A B`` measures both on the same windows of text, and says how sure it is.
+"""Is A better than B? ``python -m accel_pretrain.compare A B`` measures both on the same windows of text, with error bars.
 
-Two models are compared window by window: what makes a window hard is hard for both, so that their difference is known far better
-than either loss. Whether a *recipe* is better is another question, for several runs with seeds of their own:
-``compare A1 A2 A3 --against B1 B2 B3`` compares the means of the runs by Welch's test. Where the checkpoints are gone, what the
-runs have recorded is compared.
+Two models are compared window by window: what makes a window hard is hard for both, so that their difference is known far
+better than either loss. Whether a *recipe* is better is another question, for several runs with seeds of their own:
+``compare A1 A2 A3 --against B1 B2 B3`` compares the means of the runs by Welch's test. Where the checkpoints are gone, what
+the runs have recorded is compared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from accel_pretrain.checkpoint import read_model, read_state
 from accel_pretrain.commit import checkpoints, resolve
-from accel_pretrain.curves import read_runs
+from accel_pretrain.curves import as_number, read_runs
 from accel_pretrain.data import Windows
 from accel_pretrain.errorbars import LEVEL, Estimate, mean_of, welch
 from accel_pretrain.errors import ConfigError, DataError, refuse, reported
@@ -44,7 +44,13 @@ usage: python -m accel_pretrain.compare A B [--data DIR] [--key VALUE]...
 
 """
 # what a run's recorded losses depend on besides the model: two runs with others have measured other windows
-_WINDOWS = ("evaluation.eval_iters", "evaluation.eval_batch_size", "model.context_length", "data.val_data_path")
+_WINDOWS = (
+    "evaluation.eval_iters",
+    "evaluation.eval_batch_size",
+    "model.context_length",
+    "data.val_data_path",
+    "data.train_data_path",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +119,10 @@ class Comparison:
         value, error = self.difference.value, self.difference.standard_error
         if self.better and not math.isfinite(value):
             return f"{self.better} is better: the other's loss is not finite."
-        if math.isnan(error):
-            return f"Nobody can tell: the losses differ by {abs(value):.4f}, and how sure that is was not recorded."
         if not math.isfinite(value):
             return "Neither is better: no loss is finite."
+        if math.isnan(error):
+            return f"Nobody can tell: the losses differ by {abs(value):.4f}, and how sure that is was not recorded."
         if self.better is None and error == 0:
             return "A and B are equal: no window shows a difference."
         size = f"{abs(value):.4f} ± {error:.4f} nats per token"
@@ -158,12 +164,16 @@ def split_groups(words: list[str]) -> tuple[list[str], list[str] | None]:
 
 def compare(a: Sequence[Path], b: Sequence[Path], config: CompareConfig) -> Comparison:
     """Measure, or read what was recorded; raises ConfigError for what cannot be compared."""
+    for group in (a, b):
+        twice = [path for path in group if sum(path.resolve() == own.resolve() for own in group) > 1]
+        refuse((bool(twice), f"{twice[0] if twice else ''} stands twice on one side, which would make it look certain"))
     gone = [path for path in (*a, *b) if not checkpoints(path) and (path / METRICS_FILE).is_file()]
     if config.recorded or gone:
         if gone and not config.recorded:
             logging.warning("%s holds no checkpoint: recorded losses are compared", gone[0])
         return from_records(a, b)
-    return from_checkpoints(a, b, config)
+    with np.errstate(invalid="ignore"):  # a model may be past saving; the verdict says so
+        return from_checkpoints(a, b, config)
 
 
 # ---------------------------------------------------------------------------------------------------------- measured anew
@@ -209,7 +219,7 @@ def refuse_other_tokenizers(places: Sequence[Path]) -> None:
     for place, tokenizer in known:
         if tokenizer.fingerprint != known[0][1].fingerprint:
             raise ConfigError(
-                f"{place} has another tokenizer ({tokenizer.name}) than {known[0][0]} ({known[0][1].name}), so their losses per "
+                f"{place} has another tokenizer ({tokenizer.name}) than {known[0][0]} ({known[0][1].name}), so losses per "
                 "token say nothing about each other; compare the bits per byte of the same text, tokenized for each: "
                 "python -m accel_pretrain.evaluate --checkpoint RUN --data DIR"
             )
@@ -232,16 +242,12 @@ def shared_data(places: Sequence[Path], config: CompareConfig) -> TokenSplit:
 
 
 def from_records(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
-    """The last validation losses in the runs' metrics: two of them as if independent, which makes the error rather too large."""
+    """The last validation losses in the runs' metrics: two of them as if independent, which makes the error too large."""
     runs = read_runs([*a, *b])
     configs = [own for run in runs if (own := settings(run))]
-    differing = [key for key in _WINDOWS if len({config.get(key, "") for config in configs}) > 1]
-    same_data = len({config.get("data.val_data_path") or config.get("data.train_data_path") for config in configs}) == 1
-    if differing or not same_data:
-        what = ", ".join(differing) or "data.train_data_path"
-        raise ConfigError(
-            f"the runs have measured their losses on different windows ({what}); they cannot be compared as recorded"
-        )
+    if differing := [key for key in _WINDOWS if len({config.get(key, "") for config in configs}) > 1]:
+        what = ", ".join(differing)
+        raise ConfigError(f"the runs have measured their losses on different windows ({what}): as recorded they say nothing")
     members, bits = [], []
     for given, run in zip((*a, *b), runs, strict=True):
         series = run.series("eval/val_loss")
@@ -250,7 +256,15 @@ def from_records(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
         row = run.rows[series.rows[-1]]
         error = run.values_at("eval/val_loss_standard_error", series.rows[-1:])[0]
         bits.append(run.values_at("eval/bits_per_byte", series.rows[-1:])[0])
-        members.append(Member(str(given), row["step"], int(row.get("tokens") or 0), float(series.values[-1]), float(error)))
+        members.append(
+            Member(
+                str(given),
+                row["step"],
+                int(np.nan_to_num(as_number(row.get("tokens")))),
+                float(series.values[-1]),
+                float(error),
+            )
+        )
     per_byte = members[0].loss / math.log(2) / bits[0]
     first, second = tuple(members[: len(a)]), tuple(members[len(a) :])
     if len(a) > 1:
@@ -275,11 +289,12 @@ def as_text(found: Comparison) -> str:
     low, high = found.difference.interval
     if math.isfinite(low):
         basis = {
-            "windows": f"over {found.count:,} windows, pair by pair", "runs": f"over {found.count} runs, by Welch's test",
+            "windows": f"over {found.count:,} windows, pair by pair; another seed may differ",
+            "runs": f"over {found.count} runs, by Welch's test",
             "recorded": "of recorded losses, as if of different windows: measured anew, the error would be smaller",
         }[found.basis]  # fmt: skip
         lines.append(f"{'A - B':<16}{found.difference.value:+.4f} ± {found.difference.standard_error:.4f}, {basis}")
-        lines.append(f"{f'  {LEVEL:.0%} interval':<16}{low:+.4f} to {high:+.4f}, p = {found.difference.p:.2g}")
+        lines.append(f"{f'  {LEVEL:.0%} interval':<16}{low:+.4f} to {high:+.4f}, p {smallest(found.difference.p)}")
         if found.bytes_per_token:
             bits = [value / math.log(2) / found.bytes_per_token for value in (found.difference.value, low, high)]
             lines.append(f"{'  bits per byte':<16}{bits[0]:+.4f} ({bits[1]:+.4f} to {bits[2]:+.4f})")
@@ -289,14 +304,19 @@ def as_text(found: Comparison) -> str:
     return "\n".join([*lines, found.verdict])
 
 
+def smallest(p: float) -> str:
+    """A probability, as far as the numbers under it are exact."""
+    return f"= {p:.2g}" if p >= 1e-10 else "< 1e-10"
+
+
 def as_json(found: Comparison) -> str:
     """One JSON object; losses in nats per token, and null for what is not known or not finite."""
     estimate = found.difference
     document: dict[str, Any] = {
-        "a": [asdict(own) for own in found.a], "b": [asdict(own) for own in found.b], "basis": found.basis, "count": found.count,
-        "difference": estimate.value, "standard_error": estimate.standard_error, "confidence_interval": list(estimate.interval),
-        "confidence": LEVEL, "p": estimate.p, "degrees_of_freedom": estimate.freedom,
-        "better": found.better, "verdict": found.verdict,
+        "a": [asdict(own) for own in found.a], "b": [asdict(own) for own in found.b],
+        "basis": found.basis, "count": found.count, "difference": estimate.value, "standard_error": estimate.standard_error,
+        "confidence_interval": list(estimate.interval), "confidence": LEVEL, "p": estimate.p,
+        "degrees_of_freedom": estimate.freedom, "better": found.better, "verdict": found.verdict,
     }  # fmt: skip
     return json.dumps(_without_nan(document), allow_nan=False)
 

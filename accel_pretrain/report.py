@@ -91,7 +91,7 @@ def library() -> str:
     try:
         from bokeh.resources import Resources
     except ImportError:
-        raise PretrainError("a report needs bokeh: pip install 'accel_pretrain[plot]'") from None
+        raise PretrainError("a report needs bokeh: pip install 'accel_pretrain[report]'") from None
     parts = Resources(mode="inline", components=["bokeh"]).js_raw
     return "\n".join(part for part in parts if not part.startswith("Bokeh.set_log_level")).replace("\r\n", "\n")
 

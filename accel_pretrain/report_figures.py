@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def document(runs: Sequence[Run], smooth: int | None = None) -> dict[str, Any]:
         from bokeh.layouts import column
         from bokeh.models import DataRange1d
     except ImportError:
-        raise PretrainError("a report needs bokeh: pip install 'accel_pretrain[plot]'") from None
+        raise PretrainError("a report needs bokeh: pip install 'accel_pretrain[report]'") from None
     panels, axes = panels_of(runs), axes_of(runs)
     most = max(300, min(MOST_PER_CURVE, MOST_POINTS // max(1, len(runs) * len(panels))))
     shared = DataRange1d(range_padding=0.02)
@@ -92,6 +92,7 @@ def new_figure(label: str, shared: Any, below: str, *, log: bool, from_zero: boo
     )  # fmt: skip
     plot.toolbar.logo, plot.toolbar.autohide = None, True
     plot.xaxis.formatter = BasicTickFormatter(power_limit_high=9)
+    plot.xaxis.axis_label_text_font_style = "normal"
     return plot
 
 
@@ -121,15 +122,19 @@ def draw_run(
     kept = thinned(series.values, most)
     data = columns(run, Series(series.x[kept], series.values[kept], series.rows[kept]), axes)
     source = ColumnDataSource({**data, "y": series.values[kept].astype(np.float32)})
-    marks: dict[str, Any] = {"tags": [number], "name": run.name}
-    plot.line("update", "y", source=source, color=colour, line_width=1, line_alpha=0.3 if noisy else 1.0, **marks)
+    mark(plot.line("update", "y", source=source, color=colour, line_alpha=0.3 if noisy else 1.0), number, run.name)
     if noisy:
         few = np.unique(np.linspace(0, median.size - 1, min(median.size, most // 4)).astype(int))
         smoothed = Series(series.x[few], median[few], series.rows[few])
         source = ColumnDataSource({**columns(run, smoothed, axes), "y": median[few].astype(np.float32)})
-        plot.line("update", "y", source=source, color=colour, line_width=2, **{**marks, "tags": [number, "median"]})
+        mark(plot.line("update", "y", source=source, color=colour, line_width=2), number, run.name, "median")
     if np.isfinite(series.values).sum() < 3 or metric.startswith("eval/"):
-        plot.scatter("update", "y", source=source, color=colour, size=6, **marks)
+        mark(plot.scatter("update", "y", source=source, color=colour, size=6), number, run.name)
+
+
+def mark(drawn: Any, number: int, name: str, kind: str = "curve") -> None:
+    """Let the page find what was drawn, by the number of its run and its kind; ``name`` is what a reader sees."""
+    drawn.tags, drawn.name = [number, kind], name
 
 
 def draw_evaluations(plot: Figure, run: Run, colours: tuple[str, str], number: int, axes: dict[str, tuple[str, float]]) -> None:
@@ -137,30 +142,28 @@ def draw_evaluations(plot: Figure, run: Run, colours: tuple[str, str], number: i
     from bokeh.models import ColumnDataSource
 
     train, val = run.series("eval/train_loss"), run.series("eval/val_loss")
-    marks: dict[str, Any] = {"tags": [number], "name": f"{run.name}, evaluated on training text"}
     if train.values.size:
         source = ColumnDataSource({**columns(run, train, axes), "y": train.values})
-        plot.scatter("update", "y", source=source, line_color=colours[0], fill_color=None, size=6, **marks)
+        rings = plot.scatter("update", "y", source=source, line_color=colours[0], fill_color=None, size=6)
+        mark(rings, number, f"{run.name}, evaluated on training text")
     if not val.values.size:
         return
     errors = np.nan_to_num(run.values_at("eval/val_loss_standard_error", val.rows))
-    source = ColumnDataSource(
-        {**columns(run, val, axes), "y": val.values, "low": val.values - errors, "high": val.values + errors}
-    )
-    marks["name"] = f"{run.name}, validation"
-    plot.segment("update", "low", "update", "high", source=source, color=colours[1], line_width=4, line_alpha=0.4, **marks)
-    plot.line("update", "y", source=source, color=colours[1], line_dash="dashed", **marks)
-    plot.scatter("update", "y", source=source, color=colours[1], size=6, **marks)
+    data: dict[str, Any] = {**columns(run, val, axes), "y": val.values, "low": val.values - errors, "high": val.values + errors}
+    source, name = ColumnDataSource(data), f"{run.name}, validation"
+    bars = plot.segment("update", "low", "update", "high", source=source, color=colours[1], line_width=4, line_alpha=0.4)
+    mark(bars, number, name, "error")
+    mark(plot.line("update", "y", source=source, color=colours[1], line_dash="dashed"), number, name, "guide")
+    mark(plot.scatter("update", "y", source=source, color=colours[1], size=6), number, name)
 
 
 def hover_over(plot: Figure, runs: Sequence[Run]) -> None:
     """What is under the pointer: of a few runs everything above and below it, of many the curve that it is on."""
     from bokeh.models import HoverTool
-    from bokeh.models.glyphs import Line, Segment
 
-    drawn: list[Any] = list(plot.renderers)
-    lines = [own for own in drawn if isinstance(own.glyph, Line) and own.tags[1:] != ["median"] and own.glyph.line_dash == []]
-    shown = lines + [own for own in drawn if not isinstance(own.glyph, Line | Segment)]
+    shown = [own for own in plot.renderers if "curve" in own.tags]
     tooltips = [("", "$name"), ("update", "@update{0,0}"), ("value", "@y{%.5g}")]
     mode = "vline" if len(runs) <= 3 else "mouse"
-    plot.add_tools(HoverTool(renderers=shown, tooltips=tooltips, formatters={"@y": "printf"}, mode=mode, line_policy="nearest"))
+    plot.add_tools(
+        HoverTool(renderers=cast(Any, shown), tooltips=tooltips, formatters={"@y": "printf"}, mode=mode, line_policy="nearest")
+    )
