@@ -59,6 +59,7 @@ class Run:
     folder: Path = Path()
     starts: list[dict[str, Any]] = field(default_factory=list)
     abandoned: int = 0
+    _axes: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def has(self, metric: str) -> bool:
         return any(metric in row for row in self.rows)
@@ -79,8 +80,13 @@ class Run:
 
     def axis(self, name: str) -> np.ndarray:
         """Where every row stands on an axis; DataError for operations where nobody knows how many a token costs."""
+        if name not in self._axes:
+            self._axes[name] = self._computed(name)
+        return self._axes[name]
+
+    def _computed(self, name: str) -> np.ndarray:
         if name == "time":
-            return self._hours
+            return self._hours()
         if name == "flops":
             if self.flops_per_token is None:
                 raise DataError(
@@ -90,7 +96,6 @@ class Run:
             return self.axis("tokens") * self.flops_per_token
         return np.array([as_number(row.get("step" if name == "update" else name)) for row in self.rows], dtype=float)
 
-    @cached_property
     def _hours(self) -> np.ndarray:
         """Hours of training up to each row: what lies between the last row before a start and that start does not count."""
         times = np.array([as_number(row.get("time")) for row in self.rows], dtype=float)
@@ -158,7 +163,8 @@ def without_abandoned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
     newest: dict[str, int] = {}
     for row in rows:
-        step, measured = row["step"], {key for key in row if key.startswith(("train/", "eval/"))}
+        step: int = row["step"]
+        measured = {key for key in row if key.startswith(("train/", "eval/"))}
         if any(newest.get(key, step - 1) >= step for key in measured):
             kept = [old for old in kept if old["step"] < step or (old["step"] == step and not measured & old.keys())]
             newest = {key: min(last, step - 1) for key, last in newest.items()}

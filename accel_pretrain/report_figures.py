@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from accel_pretrain.curves import AXES, RUN_COLOURS, Run, Series, is_noisy, movi
 from accel_pretrain.errors import PretrainError
 
 if TYPE_CHECKING:
+    from bokeh.models import ColumnDataSource
     from bokeh.plotting import figure as Figure
 
 LOSS = "train/loss"
@@ -32,6 +34,7 @@ FROM_ZERO = ("train/learning_rate", "train/tokens_per_sec", "train/mfu", "train/
 _OTHERS = 12  # panels at most for what else was recorded
 _NOT_CURVES = ("step", "time", "tokens", "train/iter_time_ms", "train/skipped_updates")
 _TOLD_ELSEWHERE = ("eval/train_loss", "eval/val_loss", "eval/perplexity", "final/", "spike/", "rollback/")
+MANY = 150  # evaluations, beyond which their signs would be a band
 MOST_POINTS, MOST_PER_CURVE = 90_000, 8000  # 27 bytes each in the page
 TRAIN, VAL = "#4878a8", "#d1603d"
 
@@ -59,7 +62,8 @@ def document(runs: Sequence[Run], smooth: int | None = None) -> dict[str, Any]:
     except ImportError:
         raise PretrainError("a report needs bokeh: pip install 'accel_pretrain[report]'") from None
     panels, axes = panels_of(runs), axes_of(runs)
-    most = max(300, min(MOST_PER_CURVE, MOST_POINTS // max(1, len(runs) * len(panels))))
+    share = MOST_POINTS // (len(runs) * (len(panels) + 2))  # two more in the panel of the loss
+    pen = Pen(axes, max(300, min(MOST_PER_CURVE, share)), smooth)
     shared = DataRange1d(range_padding=0.02)
     figures = []
     for metric, label in panels.items():
@@ -69,9 +73,9 @@ def document(runs: Sequence[Run], smooth: int | None = None) -> dict[str, Any]:
         log = metric not in FROM_ZERO and wants_log(np.concatenate(losses))
         plot = new_figure(label, shared, axes["update"][0], log=log, from_zero=metric in FROM_ZERO)
         for number, (run, colour) in enumerate(zip(runs, itertools.cycle(RUN_COLOURS))):
-            draw_run(plot, run, metric, colour if len(runs) > 1 else TRAIN, number, axes, most, smooth)
+            draw_run(plot, run, metric, colour if len(runs) > 1 else TRAIN, number, pen)
             if metric == LOSS:
-                draw_evaluations(plot, run, (colour, colour) if len(runs) > 1 else (TRAIN, VAL), number, axes)
+                draw_evaluations(plot, run, (colour, colour) if len(runs) > 1 else (TRAIN, VAL), number, pen)
         hover_over(plot, runs)
         figures.append(plot)
     return json_item(column(figures, sizing_mode="stretch_width", css_classes=["panels"], stylesheets=[_GRID]))  # type: ignore[return-value]
@@ -96,65 +100,67 @@ def new_figure(label: str, shared: Any, below: str, *, log: bool, from_zero: boo
     return plot
 
 
-def columns(run: Run, series: Series, axes: dict[str, tuple[str, float]]) -> dict[str, np.ndarray]:
-    """Where the rows of ``series`` stand on every axis."""
-    return {name: (run.axis(name)[series.rows] / unit).astype(np.float32) for name, (_, unit) in axes.items()}
+@dataclass(frozen=True)
+class Pen:
+    """How curves are drawn: the axes that each can be shown over, points per curve, and the window of medians."""
+
+    axes: dict[str, tuple[str, float]]
+    most: int
+    smooth: int | None
+
+    def source(self, run: Run, series: Series, errors: np.ndarray | None = None) -> ColumnDataSource:
+        """The points of a series that are drawn, at their places on every axis."""
+        from bokeh.models import ColumnDataSource
+
+        kept = thinned(series.values, self.most)
+        values = series.values[kept]
+        data: dict[str, Any] = {
+            name: (run.axis(name)[series.rows[kept]] / unit).astype(np.float32) for name, (_, unit) in self.axes.items()
+        }
+        data["y"] = values.astype(np.float32)
+        if errors is not None:
+            data |= {"low": values - errors[kept], "high": values + errors[kept]}
+        return ColumnDataSource(data)
 
 
-def draw_run(
-    plot: Figure,
-    run: Run,
-    metric: str,
-    colour: str,
-    number: int,
-    axes: dict[str, tuple[str, float]],
-    most: int,
-    smooth: int | None,
-) -> None:
+def draw_run(plot: Figure, run: Run, metric: str, colour: str, number: int, pen: Pen) -> None:
     """One metric of one run; noise is drawn faint behind its moving median."""
-    from bokeh.models import ColumnDataSource
-
     series = run.series(metric)
     if not series.values.size:
         return
-    median = moving_median(series.values, smooth)
-    noisy = smooth != 1 and (smooth is not None or is_noisy(series.values, median))
-    kept = thinned(series.values, most)
-    data = columns(run, Series(series.x[kept], series.values[kept], series.rows[kept]), axes)
-    source = ColumnDataSource({**data, "y": series.values[kept].astype(np.float32)})
+    median = moving_median(series.values, pen.smooth)
+    noisy = pen.smooth != 1 and (pen.smooth is not None or is_noisy(series.values, median))
+    source = pen.source(run, series)
     mark(plot.line("update", "y", source=source, color=colour, line_alpha=0.3 if noisy else 1.0), number, run.name)
     if noisy:
-        few = np.unique(np.linspace(0, median.size - 1, min(median.size, most // 4)).astype(int))
-        smoothed = Series(series.x[few], median[few], series.rows[few])
-        source = ColumnDataSource({**columns(run, smoothed, axes), "y": median[few].astype(np.float32)})
-        mark(plot.line("update", "y", source=source, color=colour, line_width=2), number, run.name, "median")
-    if np.isfinite(series.values).sum() < 3 or metric.startswith("eval/"):
+        own = np.unique(np.linspace(0, median.size - 1, min(median.size, pen.most // 4)).astype(int))
+        smoothed = pen.source(run, Series(series.x[own], median[own], series.rows[own]))
+        mark(plot.line("update", "y", source=smoothed, color=colour, line_width=2), number, run.name, "median")
+    if np.isfinite(series.values).sum() < 3 or (metric.startswith("eval/") and series.values.size <= MANY):
         mark(plot.scatter("update", "y", source=source, color=colour, size=6), number, run.name)
+
+
+def draw_evaluations(plot: Figure, run: Run, colours: tuple[str, str], number: int, pen: Pen) -> None:
+    """Losses that were measured without training: rings for the training split, discs with standard errors for validation."""
+    train, val = run.series("eval/train_loss"), run.series("eval/val_loss")
+    size = 6 if val.values.size <= MANY else 3
+    if train.values.size:
+        source = pen.source(run, train)
+        rings = plot.scatter("update", "y", source=source, line_color=colours[0], fill_color=None, size=size)
+        mark(rings, number, f"{run.name}, evaluated on training text")
+    if not val.values.size:
+        return
+    errors = np.nan_to_num(run.values_at("eval/val_loss_standard_error", val.rows))
+    source, name = pen.source(run, val, errors), f"{run.name}, validation"
+    bars = plot.segment("update", "low", "update", "high", source=source, color=colours[1], line_width=4, line_alpha=0.4)
+    mark(bars, number, name, "error")
+    mark(plot.line("update", "y", source=source, color=colours[1], line_dash="dashed"), number, name, "guide")
+    mark(plot.scatter("update", "y", source=source, color=colours[1], size=size), number, name)
 
 
 def mark(drawn: Any, number: int, name: str, kind: str = "curve") -> None:
     """Let the page find what was drawn, by the number of its run and its kind; ``name`` is what a reader sees."""
     drawn.tags, drawn.name = [number, kind], name
-
-
-def draw_evaluations(plot: Figure, run: Run, colours: tuple[str, str], number: int, axes: dict[str, tuple[str, float]]) -> None:
-    """Losses that were measured without training: rings for the training split, discs with standard errors for validation."""
-    from bokeh.models import ColumnDataSource
-
-    train, val = run.series("eval/train_loss"), run.series("eval/val_loss")
-    if train.values.size:
-        source = ColumnDataSource({**columns(run, train, axes), "y": train.values})
-        rings = plot.scatter("update", "y", source=source, line_color=colours[0], fill_color=None, size=6)
-        mark(rings, number, f"{run.name}, evaluated on training text")
-    if not val.values.size:
-        return
-    errors = np.nan_to_num(run.values_at("eval/val_loss_standard_error", val.rows))
-    data: dict[str, Any] = {**columns(run, val, axes), "y": val.values, "low": val.values - errors, "high": val.values + errors}
-    source, name = ColumnDataSource(data), f"{run.name}, validation"
-    bars = plot.segment("update", "low", "update", "high", source=source, color=colours[1], line_width=4, line_alpha=0.4)
-    mark(bars, number, name, "error")
-    mark(plot.line("update", "y", source=source, color=colours[1], line_dash="dashed"), number, name, "guide")
-    mark(plot.scatter("update", "y", source=source, color=colours[1], size=6), number, name)
 
 
 def hover_over(plot: Figure, runs: Sequence[Run]) -> None:

@@ -28,7 +28,7 @@ th, td { text-align: left; vertical-align: top; padding: .28rem .9rem .28rem 0; 
 th { font-weight: 600; white-space: nowrap; } tbody th { font-weight: 400; color: var(--soft); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--band); padding: .6rem .8rem; margin: .2rem 0 .8rem;
   font-size: 13px; } pre b { color: var(--soft); }
-summary { cursor: pointer; } .fault { color: var(--bad); } .end { color: var(--good); }
+summary { cursor: pointer; } details details { margin-left: 1rem; } .fault { color: var(--bad); } .end { color: var(--good); }
 .controls { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: center; margin: .6rem 0 1rem; }
 .swatch { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .35rem; vertical-align: -1px; }
 #curves { min-height: 280px; --background-color: var(--paper); --color: var(--ink);
@@ -99,10 +99,15 @@ def folded(title: str, content: str, *, is_open: bool = False) -> str:
     return f"<details{' open' if is_open else ''}><summary>{escaped(title)}</summary>{content}</details>"
 
 
-def texts(samples: Iterable[tuple[int, str, str]]) -> str:
-    """Prompts, and what was generated after them."""
+def texts(samples: Sequence[tuple[int, str, str]]) -> str:
+    """Prompts and what was generated after them, update by update; the last is open."""
     return "".join(
-        f"<p>after update {step:,}</p><pre><b>{escaped(prompt)}</b>{escaped(text)}</pre>" for step, prompt, text in samples
+        folded(
+            f"After update {step:,}",
+            "".join(f"<pre><b>{escaped(prompt)}</b>{escaped(text)}</pre>" for own, prompt, text in samples if own == step),
+            is_open=step == samples[-1][0],
+        )
+        for step in dict.fromkeys(step for step, _, _ in samples)
     )
 
 
