@@ -200,7 +200,7 @@ def moving_median(values: np.ndarray, window: int | None = None) -> np.ndarray:
     centres = np.arange(size) if size <= _MEDIANS else np.unique(np.linspace(0, size - 1, _MEDIANS).astype(int))
     medians = np.full(centres.size, math.nan)
     for number, i in enumerate(centres):
-        reach = min(half, i, size - 1 - i)
+        reach = min(half, i)
         own = values[i - reach : i + reach + 1]
         finite = own[np.isfinite(own)]
         if finite.size:

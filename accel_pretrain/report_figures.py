@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +36,7 @@ _NOT_CURVES = ("step", "time", "tokens", "train/iter_time_ms", "train/skipped_up
 _TOLD_ELSEWHERE = ("eval/train_loss", "eval/val_loss", "eval/perplexity", "final/", "spike/", "rollback/")
 MANY = 150  # evaluations, beyond which their signs would be a band
 MOST_POINTS, MOST_PER_CURVE = 90_000, 8000  # 27 bytes each in the page
+BESIDE = {"curve": "right", "evaluated": "above", "validation": "left"}  # where values are told, one not over the other
 TRAIN, VAL = "#4878a8", "#d1603d"
 
 
@@ -91,11 +92,13 @@ def new_figure(label: str, shared: Any, below: str, *, log: bool, from_zero: boo
 
     plot = figure(
         title=label, height=280, sizing_mode="stretch_width", x_range=shared, y_axis_type="log" if log else "linear",
-        y_range=DataRange1d(start=0) if from_zero else DataRange1d(), x_axis_label=below,
+        y_range=DataRange1d(start=0) if from_zero else DataRange1d(), x_axis_label=below, active_drag="box_zoom",
         tools="box_zoom,pan,wheel_zoom,reset,save", background_fill_color=None, border_fill_color=None, outline_line_color=None,
     )  # fmt: skip
     plot.toolbar.logo, plot.toolbar.autohide = None, True
     plot.xaxis.formatter = BasicTickFormatter(power_limit_high=9)
+    if not log:
+        plot.yaxis.formatter = BasicTickFormatter(power_limit_high=9)
     plot.xaxis.axis_label_text_font_style = "normal"
     return plot
 
@@ -131,7 +134,8 @@ def draw_run(plot: Figure, run: Run, metric: str, colour: str, number: int, pen:
     median = moving_median(series.values, pen.smooth)
     noisy = pen.smooth != 1 and (pen.smooth is not None or is_noisy(series.values, median))
     source = pen.source(run, series)
-    mark(plot.line("update", "y", source=source, color=colour, line_alpha=0.3 if noisy else 1.0), number, run.name)
+    faint = 0.3 if series.values.size < 2000 else 0.2
+    mark(plot.line("update", "y", source=source, color=colour, line_alpha=faint if noisy else 1.0), number, run.name)
     if noisy:
         own = np.unique(np.linspace(0, median.size - 1, min(median.size, pen.most // 4)).astype(int))
         smoothed = pen.source(run, Series(series.x[own], median[own], series.rows[own]))
@@ -143,19 +147,24 @@ def draw_run(plot: Figure, run: Run, metric: str, colour: str, number: int, pen:
 def draw_evaluations(plot: Figure, run: Run, colours: tuple[str, str], number: int, pen: Pen) -> None:
     """Losses that were measured without training: rings for the training split, discs with standard errors for validation."""
     train, val = run.series("eval/train_loss"), run.series("eval/val_loss")
-    size = 6 if val.values.size <= MANY else 3
+    many = max(train.values.size, val.values.size) > MANY
     if train.values.size:
-        source = pen.source(run, train)
-        rings = plot.scatter("update", "y", source=source, line_color=colours[0], fill_color=None, size=size)
-        mark(rings, number, f"{run.name}, evaluated on training text")
+        source, name = pen.source(run, train), f"{run.name}, evaluated on training text"
+        look: dict[str, Any] = {"source": source, "line_color": colours[0], "line_alpha": 0.6 if many else 1.0}
+        if many:
+            mark(plot.line("update", "y", line_dash="dotted", **look), number, name, "evaluated")
+        else:
+            mark(plot.scatter("update", "y", fill_color=None, size=6, **look), number, name, "evaluated")
     if not val.values.size:
         return
     errors = np.nan_to_num(run.values_at("eval/val_loss_standard_error", val.rows))
     source, name = pen.source(run, val, errors), f"{run.name}, validation"
     bars = plot.segment("update", "low", "update", "high", source=source, color=colours[1], line_width=4, line_alpha=0.4)
     mark(bars, number, name, "error")
-    mark(plot.line("update", "y", source=source, color=colours[1], line_dash="dashed"), number, name, "guide")
-    mark(plot.scatter("update", "y", source=source, color=colours[1], size=size), number, name)
+    line = plot.line("update", "y", source=source, color=colours[1], line_width=1.5 if many else 1, line_dash="dashed")
+    mark(line, number, name, "validation" if many else "guide")
+    if not many:
+        mark(plot.scatter("update", "y", source=source, color=colours[1], size=6), number, name, "validation")
 
 
 def mark(drawn: Any, number: int, name: str, kind: str = "curve") -> None:
@@ -167,9 +176,12 @@ def hover_over(plot: Figure, runs: Sequence[Run]) -> None:
     """What is under the pointer: of a few runs everything above and below it, of many the curve that it is on."""
     from bokeh.models import HoverTool
 
-    shown = [own for own in plot.renderers if "curve" in own.tags]
-    tooltips = [("", "$name"), ("update", "@update{0,0}"), ("value", "@y{%.5g}")]
-    mode = "vline" if len(runs) <= 3 else "mouse"
-    plot.add_tools(
-        HoverTool(renderers=cast(Any, shown), tooltips=tooltips, formatters={"@y": "printf"}, mode=mode, line_policy="nearest")
-    )
+    mode, tooltips = "vline" if len(runs) <= 3 else "mouse", [("", "$name"), ("update", "@update{0,0}"), ("value", "@y{%.5g}")]
+    for kind, side in BESIDE.items():
+        shown: Any = [drawn for drawn in plot.renderers if kind in drawn.tags]
+        tool = HoverTool(
+            renderers=shown, tooltips=tooltips, formatters={"@y": "printf"}, mode=mode, line_policy="nearest", limit=1,
+            attachment=side, visible=kind == "curve",
+        )  # fmt: skip
+        if shown:
+            plot.add_tools(tool)
