@@ -107,7 +107,8 @@ class Run:
         if starts.size and starts[0] <= times[0]:
             before[0] = starts[0]
         last_start = np.concatenate([[-math.inf], starts])[np.searchsorted(starts, times, side="right")]
-        return np.cumsum(np.nan_to_num(np.maximum(times - np.fmax(before, last_start), 0))) / 3600
+        spent = np.maximum(times - np.fmax(before, last_start), 0)
+        return np.cumsum(np.where(np.isfinite(spent), spent, 0)) / 3600
 
     @cached_property
     def flops_per_token(self) -> float | None:
@@ -166,7 +167,7 @@ def without_abandoned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         step: int = row["step"]
         measured = {key for key in row if key.startswith(("train/", "eval/"))}
         if any(newest.get(key, step - 1) >= step for key in measured):
-            kept = [old for old in kept if old["step"] < step or (old["step"] == step and not measured & old.keys())]
+            kept = [old for old in kept if old["step"] < step]
             newest = {key: min(last, step - 1) for key, last in newest.items()}
         kept.append(row)
         newest |= dict.fromkeys(measured, step)

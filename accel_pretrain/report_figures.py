@@ -36,7 +36,11 @@ _NOT_CURVES = ("step", "time", "tokens", "train/iter_time_ms", "train/skipped_up
 _TOLD_ELSEWHERE = ("eval/train_loss", "eval/val_loss", "eval/perplexity", "final/", "spike/", "rollback/")
 MANY = 150  # evaluations, beyond which their signs would be a band
 MOST_POINTS, MOST_PER_CURVE = 90_000, 8000  # 27 bytes each in the page
-BESIDE = {"curve": "right", "evaluated": "above", "validation": "left"}  # where values are told, one not over the other
+BESIDE: dict[str, Any] = {
+    "curve": "right",
+    "evaluated": "above",
+    "validation": "left",
+}  # where values are told, one not over the other
 TRAIN, VAL = "#4878a8", "#d1603d"
 
 
@@ -135,7 +139,10 @@ def draw_run(plot: Figure, run: Run, metric: str, colour: str, number: int, pen:
     noisy = pen.smooth != 1 and (pen.smooth is not None or is_noisy(series.values, median))
     source = pen.source(run, series)
     faint = 0.3 if series.values.size < 2000 else 0.2
-    mark(plot.line("update", "y", source=source, color=colour, line_alpha=faint if noisy else 1.0), number, run.name)
+    raw = plot.line(
+        "update", "y", source=source, color=colour, line_alpha=faint if noisy else 1, line_width=1 if noisy else 1.5
+    )
+    mark(raw, number, run.name)
     if noisy:
         own = np.unique(np.linspace(0, median.size - 1, min(median.size, pen.most // 4)).astype(int))
         smoothed = pen.source(run, Series(series.x[own], median[own], series.rows[own]))
