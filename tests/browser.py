@@ -53,13 +53,15 @@ class Browser:
         """The value of a script."""
         return self._ask("POST", "/execute/sync", {"script": _DEEP + script, "args": list(arguments)})
 
-    def wait(self, script: str, seconds: float = 10) -> None:
+    def wait(self, script: str, *arguments: Any, seconds: float = 10) -> None:
         """Until a script returns something true; AssertionError with what the console says if it does not."""
-        waiting = "const [own, most] = arguments, done = arguments[2], f = new Function(own), until = performance.now() + most;"
+        waiting = "const [own, given, most, done] = arguments, f = new Function(own), until = performance.now() + most;"
         waiting += (
-            "const look = () => f() ? done(true) : performance.now() > until ? done(false) : setTimeout(look, 20); look();"
+            "const look = () => f(...given) ? done(true) : performance.now() > until ? done(false) : setTimeout(look, 20);"
         )
-        found = self._ask("POST", "/execute/async", {"script": waiting, "args": [_DEEP + script, 1000 * seconds]})
+        found = self._ask(
+            "POST", "/execute/async", {"script": f"{waiting} look();", "args": [_DEEP + script, arguments, 1000 * seconds]}
+        )
         assert found, f"never true: {script}\n{self.console()}"
 
     def point_at(self, x: float, y: float) -> None:
