@@ -81,6 +81,6 @@ def t_quantile(level: float, freedom: float) -> float:
 def _t_table(freedom: float) -> tuple[np.ndarray, np.ndarray]:
     """Angles, and up to each the integral over cos^(f - 1), which is t's probability at tan(angle) sqrt(f), not normalised."""
     freedom = min(max(freedom, 1.0), 1e6)
-    angles = np.linspace(0, min(math.pi / 2, 40 / math.sqrt(freedom)), 40_001)[:-1]
+    angles = np.linspace(0, min(math.pi / 2, 40 / math.sqrt(freedom)), 40_001)
     density = np.exp((freedom - 1) * np.log(np.cos(angles)))
     return angles, np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(angles))])
