@@ -16,7 +16,14 @@ from accel_pretrain.config import RunConfig
 from accel_pretrain.typed_yaml import leaves, load
 from tests.running import REPO, TINY, Train, environment, launch, newest, rows
 
-TRAINING = {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_sec", "train/iter_time_ms", "train/peak_memory_gb"}
+TRAINING = {
+    "train/loss",
+    "train/learning_rate",
+    "train/grad_norm",
+    "train/tokens_per_sec",
+    "train/iter_time_ms",
+    "train/peak_memory_gb",
+}
 EVALUATION = {"eval/train_loss", "eval/val_loss", "eval/val_loss_standard_error", "eval/perplexity", "eval/bits_per_byte"}
 FINAL = {"final/train_loss", "final/val_loss"}
 CONSOLE = [
