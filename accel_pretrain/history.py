@@ -61,7 +61,7 @@ def commit() -> str | None:
     root = Path(accel_pretrain.__file__).resolve().parents[1]
     if not (root / ".git").exists():  # installed: a repository further up is somebody else's
         return None
-    words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    words = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(words, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):

@@ -24,6 +24,10 @@ _FLAGS = (
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
+class Unusable(Exception):
+    """Chromium is installed and does not start."""
+
+
 class Browser:
     """One session. Elements inside shadow roots are reached by :meth:`run`, with ``deep(selector)`` defined in its script."""
 
@@ -110,8 +114,12 @@ def browser() -> Iterator[Browser]:
     ):
         assert driver.stdout is not None
         try:
-            port = next(found[1] for line in driver.stdout if (found := re.search(r"successfully on port (\d+)", line)))
-            own = Browser(f"http://127.0.0.1:{port}", profile)
+            found = (re.search(r"successfully on port (\d+)", line) for line in driver.stdout)
+            port = next((match[1] for match in found if match), None)
+            try:
+                own = Browser(f"http://127.0.0.1:{port}", profile)
+            except (OSError, ValueError) as error:  # no port, or no session: another version, a sandbox
+                raise Unusable(f"chromium does not start here: {error}") from error
             try:
                 yield own
             finally:
