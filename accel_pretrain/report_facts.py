@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import socket
@@ -305,8 +306,9 @@ def samples(run: Run) -> list[tuple[int, str, str]]:
         return []
     wanted = max(2, MOST_SAMPLES * len(steps) // len(rows))
     chosen = {steps[i] for i in np.linspace(0, len(steps) - 1, min(len(steps), wanted)).astype(int).tolist()}
-    return [
-        (row["step"], *(str(row.get(key, ""))[:LONGEST_SAMPLE] for key in ("prompt", "text")))
+    texts = (
+        (row["step"], str(row.get("prompt", ""))[:LONGEST_SAMPLE], str(row.get("text", ""))[:LONGEST_SAMPLE])
         for row in rows
         if row["step"] in chosen
-    ][: 4 * MOST_SAMPLES]
+    )
+    return list(itertools.islice(texts, 4 * MOST_SAMPLES))
