@@ -49,6 +49,7 @@ EXTRAS = {
     "bpe": {"rustbpe": "0.1"},
     "track": {"wandb": "0.19", "tensorboard": "2.17", "trackio": "0.2"},
     "plot": {"matplotlib": "3.9"},
+    "report": {"bokeh": "3.9"},
     "eval": {"lm-eval": "0.4.12"},
     "optim": {"galore-torch": "1.0"},
 }

@@ -22,11 +22,11 @@ from accelerate import Accelerator
 
 from accel_pretrain.checkpoint import read_model, read_state, read_tokenizer
 from accel_pretrain.commit import resolve
-from accel_pretrain.config import RunConfig
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import ConfigError, DataError, refuse, reported
 from accel_pretrain.harness import Scorer, TasksConfig, as_plain, as_tables, find_tasks, run_tasks
-from accel_pretrain.mixture import are_there, open_data, paths_of
+from accel_pretrain.heldout import find_data, misfits
+from accel_pretrain.mixture import open_data, paths_of
 from accel_pretrain.models import Transformer
 from accel_pretrain.runtime import TrainingConfig, build_accelerator
 from accel_pretrain.shards import TokenSplit, splits_in
@@ -132,7 +132,9 @@ def evaluate(config: EvaluateConfig) -> int:
         raise ConfigError("source.checkpoint: not given; type --checkpoint RUN, the directory of a run")
     found = find_tasks(config.harness) if config.harness.tasks else None
     checkpoint = resolve(source.checkpoint)
-    path, dtype = find_data(source, checkpoint) if config.on_tokens else (None, None)
+    path, dtype = (source.data, source.dtype) if source.data else (None, None)
+    if config.on_tokens and path is None:
+        path, dtype = find_data(checkpoint, source.split)
     split = open_data(path, source.split, dtype) if path else None
     model = read_model(checkpoint)
     refuse_misfits(model, checkpoint, split, measure)
@@ -176,36 +178,9 @@ def run_model(
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
-def find_data(source: SourceConfig, checkpoint: Path) -> tuple[Path | tuple[Path, ...], str | None]:
-    """Path, or paths, and dtype of the data that was asked for, or else of what the run's own config names."""
-    if source.data is not None:
-        return source.data, source.dtype
-    recorded = load(RunConfig, checkpoint / "config.yaml").data
-    path = recorded.val_data_path if source.split == "val" and recorded.val_data_path else recorded.train_data_path
-    if (
-        path is None
-        or not are_there(path)
-        or (source.split not in ("train", "val") and not any(map(splits_in, paths_of(path))))
-    ):
-        raise ConfigError(
-            f"source.data: the {source.split} split that {checkpoint} was made with ({path}) is not here; type --data DIR"
-        )
-    return path, recorded.dtype
-
-
 def refuse_misfits(model: Transformer, checkpoint: Path, split: TokenSplit | None, measure: MeasureConfig) -> None:
     """Raise one error with every reason why this model's numbers would not mean anything, or cannot be had."""
-    problems = []
-    own = checkpoint / "tokenizer"
-    if split and split.tokenizer and own.is_dir() and load_tokenizer(own).fingerprint != split.tokenizer["fingerprint"]:
-        problems.append(
-            f"source.data: {split.source} was made with another tokenizer ({split.tokenizer['name']}) than the model's; "
-            f"tokenize the text again: python -m prep.tokenize SRC... --tokenizer {own}"
-        )
-    if split and split.max_id >= model.vocab_size:
-        problems.append(
-            f"source.data: {split.source} holds token id {split.max_id}, the model knows ids below {model.vocab_size}"
-        )
+    problems = misfits(model, checkpoint, split) if split else []
     longest = model.config.context_length
     if (measure.context_length or 0) > longest:
         problems.append(f"measure.context_length: {measure.context_length} is more than the model's {longest}")

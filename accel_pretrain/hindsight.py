@@ -29,6 +29,13 @@ def compared(run_dir: Path, tokens_per_sec: float, device: torch.device) -> str 
     return "Plan and run: " + "; ".join(part for part in (paced, needed) if part)
 
 
+def most_memory(device: torch.device) -> int | None:
+    """Most bytes that this process has had so far: of tensors on a CUDA device, of everything on a CPU; None if not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_of_process() if device.type == "cpu" and sys.platform == "linux" else None
+
+
 def peak_of_process() -> int:
     """Most bytes of main memory that this process has had."""
     import resource

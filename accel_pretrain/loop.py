@@ -17,7 +17,7 @@ from accel_pretrain.checkpoint import TrainState, write_model_description
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import PretrainError
 from accel_pretrain.generate import SamplingConfig, generate
-from accel_pretrain.hindsight import AFTER, compared
+from accel_pretrain.hindsight import AFTER, compared, most_memory
 from accel_pretrain.metrics import peak_flops
 from accel_pretrain.optim import set_lr
 from accel_pretrain.parallel import alike, is_sharded, whole, withheld
@@ -150,6 +150,8 @@ def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
     if peak := peak_flops(run.accelerator.device):
         metrics["train/mfu"] = tokens_per_sec * run.plan.flops_per_token / (peak * run.plan.world_size)
         line += f" | MFU: {metrics['train/mfu']:.1%}"
+    if peak_memory := most_memory(run.accelerator.device):
+        metrics["train/peak_memory_gb"] = peak_memory / 1e9
     if skipped:
         metrics["train/skipped_updates"] = skipped
         line += f" | Skipped: {skipped}"
@@ -172,6 +174,7 @@ def evaluate(run: TrainingRun, state: TrainState, prefix: str) -> bool:
     if improved:
         state.best_val_loss = val.loss
     metrics = {"eval/train_loss": train.loss, "eval/val_loss": val.loss, "eval/perplexity": val.perplexity}
+    metrics["eval/val_loss_standard_error"] = val.standard_error
     line = (
         f"Train loss: {train.loss:.4f} | Val loss: {val.loss:.4f} ± {val.standard_error:.4f} | Perplexity: {val.perplexity:.2f}"
     )

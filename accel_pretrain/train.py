@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from accel_pretrain.checkpoint import (
-    CheckpointConfig,
     TrainState,
     read_facts,
-    read_model,
     read_model_config,
     read_state,
     require_optimizer,
@@ -31,11 +29,12 @@ from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
 from accel_pretrain.guard import Guard
+from accel_pretrain.history import record_start
 from accel_pretrain.launchers import is_restart
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
 from accel_pretrain.machines import refuse_differences, refuse_other_folders
-from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.origin import find_origin, refuse_other_shape, weights_of
 from accel_pretrain.parallel import build_model, fill, prepare
 from accel_pretrain.peers import Peers
 from accel_pretrain.recovery import out_of_memory
@@ -113,33 +112,6 @@ def _named(path: Path) -> Path:
         return resolve(path.parent)
 
 
-def find_origin(config: CheckpointConfig) -> Path:
-    """The checkpoint that ``init_from`` means; once the run has one of its own, that will do too."""
-    assert config.init_from is not None
-    try:
-        return resolve(config.init_from.expanduser())
-    except CheckpointError:
-        own = find_newest(config.checkpoint_dir)
-        if own is None:
-            raise
-        return own
-
-
-def refuse_other_shape(origin: str, wanted: ModelConfig, shape: ModelConfig) -> None:
-    """Raise :class:`ConfigError` where the config asks for another shape than that of the weights to begin with."""
-    free = {"dropout", "init_std", "zero_init", "context_length"}
-    now, there = to_plain(wanted), to_plain(shape)
-    problems = [
-        f"model.{key}: {origin} has {there[key]}, this config says {now[key]}"
-        for key in there
-        if now[key] != there[key] and key not in free
-    ]
-    if wanted.position == "learned" and wanted.context_length > shape.context_length:
-        problems.append(f"model.context_length: {origin} has only {shape.context_length} positions")
-    if problems:
-        raise ConfigError([*problems, "leave these out: the shape is the one of init_from"])
-
-
 def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
     """Put a run together and train it; returns the exit code."""
     run_dir = config.checkpoint.checkpoint_dir
@@ -193,6 +165,9 @@ def assemble(
         module.compile_parts()
     with together(accelerator, PretrainError):
         log = RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters)
+        if accelerator.is_main_process:
+            about = describe_runtime(accelerator, config.training, config.parallel)
+            record_start(run_dir, state.step, about, asdict(plan))
 
     def published(saved: TrainState, path: Path) -> None:
         log.line(f"Saved checkpoint to {path}")
@@ -218,18 +193,6 @@ def assemble(
     run.status.progress(step=state.step, tokens=state.tokens, checkpoint=checkpoint)
     run.log.start_trackers(config.logging, to_plain(config))
     return run, state
-
-
-def weights_of(origin: Path, module: Transformer, splits: Splits) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a checkpoint for a new model; positions that it has no use for are left out."""
-    own, trained = origin / "tokenizer", splits.train.tokenizer
-    if own.is_dir() and trained and load_tokenizer(own).fingerprint != trained["fingerprint"]:
-        raise ConfigError(
-            f"data.train_data_path: made with the tokenizer {trained['name']}, but {origin} knows another; "
-            f"tokenize the text again: python -m prep.tokenize SRC... --tokenizer {own}"
-        )
-    for name, weight in read_model(origin).state_dict().items():  # mapped from the file
-        yield name, weight[: module.config.context_length] if name == "embed_positions.weight" else weight
 
 
 def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Plan, splits: Splits) -> Path | None:

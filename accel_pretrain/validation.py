@@ -107,6 +107,19 @@ def validate(
     return EvalResult(loss=mean / T, standard_error=math.sqrt(variance / n) / T, tokens=n * T, bytes_per_token=bytes_per_token)
 
 
+@torch.no_grad()
+def nats_per_window(
+    device: torch.device, model: nn.Module, windows: Windows, *, batch_size: int, wanted: int | None = None
+) -> np.ndarray:
+    """Summed loss of each of ``wanted`` windows (null: all), float64, in their order: what :func:`validate` takes the mean of.
+
+    For comparing models window by window. Not collective; ``model`` is in evaluation mode.
+    """
+    chosen = evenly_spaced(windows.count, wanted)
+    parts = [chosen[begin : begin + batch_size] for begin in range(0, chosen.size, batch_size)]
+    return np.concatenate([_nats_per_window(device, model, windows, part, batch_size) for part in parts])
+
+
 def _nats_per_window(
     device: torch.device, model: nn.Module, windows: Windows, chosen: np.ndarray, batch_size: int
 ) -> np.ndarray:

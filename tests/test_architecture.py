@@ -16,7 +16,7 @@ LEVELS = (
     ("redaction", "errors", "files", "commit", "lock", "status"),
     (
         *("yaml_files", "typed_values", "typed_keys", "typed_yaml", "manifest", "token_formats", "shards"),
-        *("mixture", "split_patterns", "token_text", "tokenizer", "permutation", "schedule"),
+        *("mixture", "split_patterns", "token_text", "tokenizer", "permutation", "schedule", "errorbars"),
     ),
     ("models", "loss", "optim", "data", "estimates", "hardware", "cluster", "probe"),
     (
@@ -28,6 +28,8 @@ LEVELS = (
         "watchdog",
         "session",
         "metrics",
+        "history",
+        "curves",
         "trackers",
         "parallel",
         "peers",
@@ -39,8 +41,11 @@ LEVELS = (
     ),
     ("generate", "validation", "hindsight"),
     ("config", "outlook", "lint_settings", "lint_run", "lint"),
-    ("run", "recovery", "loop", "harness", "proofs", "trial", "ladder"),
-    ("train", "evaluate", "sample", "plan", "tune", "doctor", "hf", "plot", "report"),
+    (
+        *("origin", "run", "recovery", "loop", "harness", "proofs", "trial", "ladder", "heldout"),
+        *("report_facts", "report_figures", "report_page"),
+    ),
+    ("train", "evaluate", "sample", "plan", "tune", "doctor", "hf", "plot", "report", "compare"),
 )
 TORCH_FREE = {*LEVELS[0], *LEVELS[1]}
 ACCELERATE_FREE = TORCH_FREE | set(LEVELS[2])

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from accel_pretrain.plot import PANELS, draw, is_noisy, main, moving_median, read_runs, short
+from accel_pretrain.curves import is_noisy, moving_median, read_runs, short
+from accel_pretrain.plot import PANELS, PlotConfig, draw, main
+from tests.recorded import eval_row, train_row, usual_rows, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("matplotlib")
-
-
-def train_row(step: int, loss: float | None) -> dict[str, Any]:
-    rates = {"train/learning_rate": 1e-3 / step, "train/grad_norm": 1.0 + 1 / step, "train/tokens_per_sec": 5e4}
-    return {"step": step, "time": 0.0, "tokens": 64 * step, "train/loss": loss, **rates}
-
-
-def eval_row(step: int, loss: float) -> dict[str, Any]:
-    return {"step": step, "time": 0.0, "tokens": 64 * step, "eval/train_loss": loss - 0.1, "eval/val_loss": loss}
-
-
-def write_run(folder: Path, rows: Iterable[dict[str, Any]], tail: str = "") -> Path:
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
-    return folder
-
-
-def usual_rows(count: int = 20) -> list[dict[str, Any]]:
-    return [train_row(step, 4 - step / 10) for step in range(1, count + 1)] + [eval_row(10, 3.2), eval_row(20, 2.2)]
 
 
 def lines_of(*runs: Path) -> list[list[tuple[list[float], list[float]]]]:
@@ -68,7 +49,7 @@ def test_the_axes_hold_the_data(tmp_path: Path):
 
 def test_every_axis_says_what_it_is(tmp_path: Path):
     figure = draw(read_runs([write_run(tmp_path / "run", usual_rows())]))
-    assert [ax.get_ylabel() for ax in figure.axes] == list(PANELS.values())
+    assert [ax.get_ylabel() for ax in figure.axes] == list(PANELS.values())[:4]
     assert [ax.get_xlabel() for ax in figure.axes] == ["", "", "Updates", "Updates"]
     assert figure.axes[0].get_xlim()[1] > 20
 
@@ -188,3 +169,101 @@ def test_without_matplotlib_it_names_the_extra(tmp_path: Path):
     code = f"import sys; sys.modules['matplotlib'] = None\nfrom accel_pretrain.plot import main\nmain([{str(run)!r}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ, check=False)
     assert (done.returncode, done.stderr) == (2, "error: plotting needs matplotlib: pip install 'accel_pretrain[plot]'\n")
+
+
+# --------------------------------------------------------------------------------------------------- over what, and how
+
+
+def timed_rows() -> list[dict[str, Any]]:
+    more = {"train/peak_memory_gb": 1.5}
+    rows = [train_row(step, 4 - step / 10, **more) | {"time": 1e9 + 60.0 * step} for step in range(1, 21)]
+    return [*rows, eval_row(20, 2.2, **{"eval/val_loss_standard_error": 0.25}) | {"time": 1e9 + 1200}]
+
+
+def drawn(run: Path, *words: str) -> list[Any]:
+    """The panels that these options make."""
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    config = PlotConfig(**{key: int(value) if value.isdigit() else value for key, value in options.items()})  # type: ignore[arg-type]
+    figure = draw(read_runs([run]), config)
+    figure.canvas.draw()
+    return figure.axes
+
+
+@pytest.mark.parametrize(
+    ("x", "label", "ends"),
+    [
+        ("update", "Updates", (1, 20)),
+        ("tokens", "Tokens", (64, 1280)),
+        ("flops", "Operations (kFLOP)", (6.4, 128)),
+        ("time", "Minutes of training", (1, 20)),
+    ],
+)
+def test_runs_are_compared_by_what_is_asked_for(tmp_path: Path, x: str, label: str, ends: tuple[float, float]):
+    starts = '{"step": 0, "time": 1e9, "plan": {"flops_per_token": 100}}\n'
+    run = write_run(tmp_path / "run", timed_rows(), starts_jsonl=starts)
+    axes = drawn(run, "x", x)
+    for ax in axes:
+        line = ax.lines[0].get_xdata()
+        assert (line[0], line[-1]) == pytest.approx(ends)
+    assert [ax.get_xlabel() for ax in axes] == ["", "", label, label, label]
+    assert axes[0].get_xlim()[1] == pytest.approx(1.03 * ends[1])
+
+
+def test_memory_has_a_panel_if_it_was_recorded(tmp_path: Path):
+    axes = drawn(write_run(tmp_path / "run", timed_rows()))
+    assert [ax.get_ylabel() for ax in axes] == list(PANELS.values())
+    assert list(axes[4].lines[0].get_ydata()) == [1.5] * 20
+
+
+def test_validation_has_its_standard_error(tmp_path: Path):
+    with_errors = drawn(write_run(tmp_path / "a", timed_rows()))[0].collections
+    (bar,) = (collection.get_segments()[0].tolist() for collection in with_errors)
+    assert bar == [[20, pytest.approx(1.95)], [20, pytest.approx(2.45)]]
+    without = drawn(write_run(tmp_path / "b", usual_rows()))[0].collections
+    assert [len(own.get_segments()) for own in without] == [0]
+
+
+def test_smoothing_is_what_was_asked_for(tmp_path: Path):
+    noise = np.random.default_rng(0).normal(0, 0.3, 200)
+    run = write_run(tmp_path / "run", [train_row(step, 4 + noise[step - 1]) for step in range(1, 201)])
+    usual, little, much, none = (
+        [line.get_ydata() for line in drawn(run, *words)[0].lines if len(line.get_ydata())]
+        for words in ((), ("smooth", "3"), ("smooth", "51"), ("smooth", "1"))
+    )
+    assert [len(usual), len(little), len(much), len(none)] == [2, 2, 2, 1]
+    assert np.std(little[1]) > np.std(usual[1]) > np.std(much[1])
+    np.testing.assert_array_equal(little[1][10], np.median(4 + noise[9:12]))
+
+
+def test_logarithmic_axes(tmp_path: Path):
+    run = write_run(tmp_path / "run", timed_rows())
+    scales = {
+        log: [(ax.get_xscale(), ax.get_yscale()) for ax in drawn(run, "log", log)] for log in ("none", "x", "y", "xy", "auto")
+    }
+    linear, log_y = ("linear", "linear"), ("linear", "log")
+    assert scales["none"] == scales["auto"] == [linear] * 5
+    assert scales["x"] == [("log", "linear")] * 5
+    assert scales["y"] == [log_y, log_y, log_y, linear, linear]
+    assert scales["xy"] == [("log", "log")] * 3 + [("log", "linear")] * 2
+
+
+def test_updates_that_were_done_again_leave_no_zigzag(tmp_path: Path):
+    first, again = ([train_row(step, loss) for step in steps] for loss, steps in ((3.0, range(1, 11)), (2.0, range(6, 13))))
+    ((steps, values),) = lines_of(write_run(tmp_path / "run", [*first, *again]))[0]
+    assert steps == list(range(1, 13))
+    assert values == [3.0] * 5 + [2.0] * 7
+
+
+def test_options_that_mean_nothing_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = write_run(tmp_path / "run", usual_rows())
+    cases = {
+        ("--x", "epochs"): "x: ",
+        ("--smooth", "0"): "smooth: must be at least 1",
+        ("--x", "flops"): "how many operations a token costs is not recorded",
+    }
+    for words, expected in cases.items():
+        with pytest.raises(SystemExit) as stop:
+            main([str(run), *words])
+        error = capsys.readouterr().err
+        assert (stop.value.code, error.count("\n")) == (2, 1)
+        assert expected in error

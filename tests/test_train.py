@@ -16,8 +16,15 @@ from accel_pretrain.config import RunConfig
 from accel_pretrain.typed_yaml import leaves, load
 from tests.running import REPO, TINY, Train, environment, launch, newest, rows
 
-TRAINING = {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_sec", "train/iter_time_ms"}
-EVALUATION = {"eval/train_loss", "eval/val_loss", "eval/perplexity", "eval/bits_per_byte"}
+TRAINING = {
+    "train/loss",
+    "train/learning_rate",
+    "train/grad_norm",
+    "train/tokens_per_sec",
+    "train/iter_time_ms",
+    "train/peak_memory_gb",
+}
+EVALUATION = {"eval/train_loss", "eval/val_loss", "eval/val_loss_standard_error", "eval/perplexity", "eval/bits_per_byte"}
 FINAL = {"final/train_loss", "final/val_loss"}
 CONSOLE = [
     r"Loading data with memory mapping\.\.\.",
@@ -67,6 +74,7 @@ def test_what_a_run_records(run_train: Train, tmp_path: Path) -> None:
     assert names == {
         "config.yaml",
         "metrics.jsonl",
+        "starts.jsonl",
         "latest",
         "best",
         "status.json",
