@@ -19,20 +19,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from accel_pretrain.commit import STATE, resolve
+from accel_pretrain.commit import MANIFEST, STATE, resolve
 from accel_pretrain.errors import CheckpointError, refuse
 from accel_pretrain.guard import Health
 from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.parallel import load_sharded, local
 from accel_pretrain.peers import Peers
 from accel_pretrain.runtime import together
 from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import from_mapping, option, to_plain
 
-MODEL, WEIGHTS = "model.json", "model.safetensors"
+MODEL, WEIGHTS, OPTIMIZER = "model.json", "model.safetensors", "optimizer.bin"
 _DOES_NOT_LOAD = (
     *(RuntimeError, ValueError, OSError, KeyError, EOFError, TypeError, AttributeError, AssertionError, IndexError),
     *(SafetensorError, pickle.UnpicklingError),
@@ -120,7 +120,10 @@ def restore(accelerator: Accelerator, optimizer: torch.optim.Optimizer, checkpoi
     hyperparameters = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     with together(accelerator, CheckpointError), _quiet():
         try:
-            accelerator.load_state(str(checkpoint))
+            if accelerator.is_fsdp2:
+                load_sharded(accelerator, checkpoint / WEIGHTS, checkpoint / OPTIMIZER)
+            else:
+                accelerator.load_state(str(checkpoint))
         except _DOES_NOT_LOAD as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise CheckpointError(
@@ -132,13 +135,15 @@ def restore(accelerator: Accelerator, optimizer: torch.optim.Optimizer, checkpoi
     with together(accelerator, CheckpointError):
         state = read_state(checkpoint)
         _refuse_other_moments(optimizer, checkpoint, state)
-        moments = {f"a moment ({name})": own for every in optimizer.state.values() for name, own in every.items()}
+        states = enumerate(optimizer.state.values())
+        moments = {f"a moment ({name} of parameter {number})": own for number, every in states for name, own in every.items()}
         for tensors in (weights, moments):
             if bad := not_finite(tensors):
                 raise CheckpointError(f"{checkpoint}: {bad} holds numbers that are not finite; go on from an older one")
-    if accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        digests = Peers(accelerator).gather(_digest(weights))
-        if len(set(digests)) > 1:
+    if accelerator.num_processes > 1:
+        # Shares differ; but they are of one checkpoint if that is described alike everywhere.
+        digest = (checkpoint / MANIFEST).read_bytes() if accelerator.is_fsdp2 else _digest(weights)
+        if len(set(Peers(accelerator).gather(digest))) > 1:
             raise CheckpointError(f"{checkpoint}: the processes have loaded different weights; is its folder one and the same?")
     return state
 
@@ -162,10 +167,10 @@ def optimizer_updates(optimizer: torch.optim.Optimizer) -> int | None:
 
 
 def not_finite(tensors: Mapping[str, Any]) -> str | None:
-    """The name of a tensor that holds something that is not finite; None if there is none."""
+    """The name of a tensor that holds, in this process, something that is not finite; None if there is none."""
     with torch.no_grad():  # a sum is finite if its terms are, and costs a thirtieth of looking at each
         floating = {name: own for name, own in tensors.items() if torch.is_tensor(own) and own.is_floating_point()}
-        sums = [own.detach().sum(dtype=torch.float32).cpu() for own in floating.values()]
+        sums = [local(own.detach()).sum(dtype=torch.float32).cpu() for own in floating.values()]
         return next((name for name, own in zip(floating, sums, strict=True) if not torch.isfinite(own)), None)
 
 

@@ -2,13 +2,14 @@
 
 The model, per device and update, with n devices, P parameters, c bytes per activation (2 under bf16), k micro-steps:
 
-| | DDP | ZeRO-1 | FSDP2 |
+| | ddp | zero2 | fsdp2 |
 |---|---|---|---|
-| gradients, float32 | all-reduce 2 (n-1)/n 4P | as DDP | reduce-scatter (n-1)/n 4P |
-| weights | - | broadcast (n-1)/n 4P | all-gather 2k (n-1)/n cP |
-| hidden behind | the last backward pass | same; the broadcast: nothing | the pass that it belongs to |
+| gradients, float32 | all-reduce 2 (n-1)/n 4P | reduce-scatter (n-1)/n 4P | reduce-scatter k (n-1)/n 4P |
+| weights | - | all-gather (n-1)/n cP | all-gather 2k (n-1)/n cP |
+| hidden behind | the last backward pass | the first forward, the last backward pass | the pass that it belongs to |
 
-(Ring algorithms: Patarasuk & Yuan 2009; ZeRO: Rajbhandari et al. 2020, section 7; gradients once per update, by ``no_sync``.)
+What is outside the blocks is gathered once per forward pass, and in float32 (see :mod:`accel_pretrain.parallel`).
+(Ring algorithms: Patarasuk & Yuan 2009; ZeRO: Rajbhandari et al. 2020, section 7; ddp and zero2 accumulate.)
 A message also costs a latency per hop of a tree. The slowest link on the way counts: within one node the link, else the
 network. Each of the constants below is an assumption that stands here and nowhere else. ``python -m benchmarks.plan
 --processes`` compares with measured runs of 1, 2 and 4 processes over gloo.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from accel_pretrain.estimates import FP32, Workload, flops_per_token
+from accel_pretrain.estimates import FP32, Workload, block_parameters, flops_per_token
 from accel_pretrain.hardware import Machine
 
 LINK_SHARE = 0.8  # of a link's nominal rate that collectives reach; not measured here
@@ -55,11 +56,15 @@ def sent_bytes(load: Workload) -> dict[str, int]:
     if n == 1:
         return {}
     part, grads = (n - 1) / n, FP32 * load.parameters
-    if load.strategy == "fsdp2":
-        gathers = 2 * load.accumulation * part * load.width * load.parameters
-        return {"weights (all-gather)": round(gathers), "gradients (reduce-scatter)": round(part * grads)}
-    reduced = {"gradients (all-reduce)": round(2 * part * grads)}
-    return reduced if load.strategy == "ddp" else {**reduced, "weights (broadcast)": round(part * grads)}
+    if load.strategy == "ddp":
+        return {"gradients (all-reduce)": round(2 * part * grads)}
+    times, passes = (load.accumulation, 2) if load.strategy == "fsdp2" else (1, 1)
+    outside = load.parameters - block_parameters(load)
+    weights = passes * load.width * block_parameters(load) + FP32 * outside
+    return {
+        "weights (all-gather)": round(times * part * weights),
+        "gradients (reduce-scatter)": round(times * part * grads),
+    }
 
 
 def achievable(load: Workload, machine: Machine) -> float | None:
@@ -94,21 +99,21 @@ def step_time(load: Workload, machine: Machine, micro_step: float, optimizer: fl
     if rate is None:
         return None
     hops = 2 * math.ceil(math.log2(n)) * LATENCY
-    if load.strategy == "fsdp2":
+    if load.strategy != "ddp":
         layers = load.model.num_layers
-        gather = sent["weights (all-gather)"] / (2 * load.accumulation) / rate + layers * hops / 2
-        scatter = sent["gradients (reduce-scatter)"] / rate + layers * hops / 2
+        times, passes = (load.accumulation, 2) if load.strategy == "fsdp2" else (1, 1)
+        gather = sent["weights (all-gather)"] / (times * passes) / rate + layers * hops / 2
+        scatter = sent["gradients (reduce-scatter)"] / times / rate + layers * hops / 2
         forward, backward = (1 - BACKWARD_SHARE) * micro_step, BACKWARD_SHARE * micro_step
         first = (gather + scatter) / (layers + 1)  # nothing hides the first block's weights and the last one's gradients
-        exposed = load.accumulation * (max(0.0, gather - forward) + max(0.0, gather - backward)) + first
-        exposed += max(0.0, scatter - max(0.0, backward - gather))
-        total = load.accumulation * 2 * gather + scatter
+        in_backward = (passes - 1) * gather + scatter
+        exposed = times * (max(0.0, gather - forward) + max(0.0, in_backward - backward)) + first
+        total = times * (passes * gather + scatter)
         return StepTime(compute=compute, communication=total, exposed=exposed, optimizer=optimizer, sent=sent)
     buckets = max(1, math.ceil(FP32 * load.parameters / BUCKET_BYTES))
     reduce = sent["gradients (all-reduce)"] / rate + buckets * hops
     exposed = max(reduce / buckets, reduce - BACKWARD_SHARE * micro_step)
-    spread = sent.get("weights (broadcast)", 0) / rate
-    return StepTime(compute=compute, communication=reduce + spread, exposed=exposed + spread, optimizer=optimizer, sent=sent)
+    return StepTime(compute=compute, communication=reduce, exposed=exposed, optimizer=optimizer, sent=sent)
 
 
 def bandwidth(machine: Machine, world_size: int) -> float | None:

@@ -18,6 +18,7 @@ from accel_pretrain.errors import ConfigError
 from accel_pretrain.mixture import open_data, paths_of
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.optim import AdamW, Optimizer
+from accel_pretrain.parallel import ParallelConfig
 from accel_pretrain.runtime import TrainingConfig
 from accel_pretrain.schedule import Cosine, Schedule
 from accel_pretrain.shards import TokenSplit, splits_in
@@ -35,6 +36,7 @@ class RunConfig:
     optimizer: Optimizer = section(AdamW, "The optimizer, chosen by name")
     schedule: Schedule = section(Cosine, "The learning rate over time, chosen by name")
     training: TrainingConfig = section(TrainingConfig, "How much, in which portions, on what")
+    parallel: ParallelConfig = section(ParallelConfig, "What each of several processes holds")
     evaluation: EvaluationConfig = section(EvaluationConfig, "The loss on held-out text")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Saving and going on")
     logging: LoggingConfig = section(LoggingConfig, "Reporting")

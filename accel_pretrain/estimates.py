@@ -8,7 +8,7 @@ whoever changes the block changes these. Sizes in bytes, B, T, D, H, G, E, F, V 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accel_pretrain.models import ModelConfig, cpu_loss
 
@@ -92,7 +92,7 @@ class Workload:
     device: str = "cpu"  # cpu or cuda: their kernels keep different things
     compiled: bool = False
     moments: int = 2  # float32 numbers that the optimizer keeps per parameter
-    strategy: str = "ddp"  # ddp, zero1, fsdp2
+    strategy: str = "ddp"  # ddp, zero2, fsdp2
     world_size: int = 1
     checkpointing: str = "none"  # none, selective or full: training.activation_checkpointing
 
@@ -260,15 +260,14 @@ def memory(load: Workload) -> Memory:
     throughout where they are accumulated, beside the buckets of DDP, which stand from the first update on; else they come as
     the activations go.
     """
-    shard = load.world_size if load.strategy == "fsdp2" else 1
+    shard = load.world_size if load.strategy != "ddp" else 1
     weights = FP32 * load.parameters
-    state_shard = load.world_size if load.strategy in ("fsdp2", "zero1") else 1
-    state = FP32 * load.moments * math.ceil(load.parameters / state_shard)
+    state = FP32 * load.moments * math.ceil(load.parameters / shard)
     output = FP32 * load.vocab_size * load.model.d_model
     standing = {"weights": math.ceil(weights / shard), "optimizer": state, "tables": tables(load)}
     copies, kept, N = weight_copies(load), activations(load), load.tokens
     gradients, early = _gradients(load, weights)
-    if load.strategy == "fsdp2" and load.world_size > 1:
+    if shard > 1:
         standing["gathered weights"], copies = _gathered(load), 0
     elif load.world_size > 1:
         standing["buckets of DDP"] = weights
@@ -310,20 +309,28 @@ def _matrices_of_block(load: Workload) -> int:
 
 def _gradients(load: Workload, weights: int) -> tuple[int, int]:
     """Bytes of gradients at the end of the backward pass, and of those that exist already when it begins."""
-    if load.world_size > 1 and load.strategy == "fsdp2":
-        # no_sync keeps whole float32 gradients until the last micro-step reduces them to shards
-        whole = weights if load.accumulation > 1 else _gathered(load) + math.ceil(weights / load.world_size)
-        return whole, weights if load.accumulation > 1 else 0
+    if load.world_size > 1 and load.strategy != "ddp":
+        share = math.ceil(weights / load.world_size)
+        if load.strategy == "zero2" and load.accumulation > 1:  # whole until the last micro-step
+            return weights + share, weights
+        return _gathered(replace(load, strategy="fsdp2")) + share, share if load.accumulation > 1 else 0
     early = weights if load.accumulation > 1 else 0
     return (0 if load.world_size > 1 else weights), early  # of DDP they move into its buckets, which stand anyway
 
 
 def _gathered(load: Workload) -> int:
-    """Bytes of whole weights that FSDP2 holds at a time: what is outside the blocks, one block, and the next one on its way."""
+    """Bytes of whole weights at a time: what is outside the blocks, in float32, and all blocks, or two: one is on its way."""
+    blocks = block_parameters(load)
+    held = 2 * blocks // load.model.num_layers if load.strategy == "fsdp2" else blocks
+    return FP32 * (load.parameters - blocks) + load.width * min(held, blocks)
+
+
+def block_parameters(load: Workload) -> int:
+    """Those of all blocks together, which are shared out one by one."""
     groups = parameters(load.model, load.vocab_size)
-    blocks = groups["attention"] + groups["feed-forward"]
-    outside = sum(groups.values()) - blocks
-    return load.width * (outside + 2 * blocks // load.model.num_layers)
+    last_norm = groups["norms"] and {"layernorm": 1 + int(load.model.bias)}.get(load.model.norm, 1) * load.model.d_model
+    outside = groups["token embeddings"] + groups["position embeddings"] + groups["output"] + last_norm
+    return load.parameters - outside
 
 
 def checkpoint_bytes(load: Workload) -> int:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from accel_pretrain.parallel import local
+
 WINDOW, SIGMAS = 128, 6.0
 MAX_IN_A_ROW, MAX_IN_A_ROW_FP16 = 10, 20  # the scaler of fp16 begins with a scale that is too large, and halves it
 RECENT, MAX_OF_RECENT = 1000, 5
@@ -107,7 +109,7 @@ class Guard:
         self._measured.append((step, loss, grad_norm))
         # The wrapped optimizer's step costs 0.1 ms of its own; without a scaler it has nothing to add to the inner one's.
         inner = getattr(optimizer, "optimizer", optimizer)
-        on_device = self.on_spike == "log" and _is_asynchronous(loss.device)
+        on_device = self.on_spike == "log" and _decides_late(inner)
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm) if on_device else None
         good = on_device or self.settle(health)
         if accelerator.scaler is not None:  # fp16: the scaler looks for overflow itself, and lowers its scale
@@ -169,8 +171,13 @@ class Guard:
         return heard
 
 
+def _decides_late(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether asking for a number would make the processor wait for a queue of work, and the optimizer knows ``found_inf``."""
+    (group, *_) = optimizer.param_groups
+    return bool(group.get("fused")) and _is_asynchronous(local(group["params"][0]).device)
+
+
 def _is_asynchronous(device: torch.device) -> bool:
-    """Whether asking for a number would make the processor wait for a queue of work, and the optimizers know ``found_inf``."""
     return device.type == "cuda"
 
 

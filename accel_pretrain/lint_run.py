@@ -143,13 +143,16 @@ def space(o: Outlook) -> Findings:
 
 
 def smaller(o: Outlook, free: int) -> str:
-    """What makes it fit: a smaller micro-batch with the same update, or else less of a model per device."""
+    """What makes it fit: a smaller micro-batch with the same update, or shares of the model, or else a smaller one."""
     room = (0.9 * free / o.memory_needed * o.memory.total) if o.load.device == "cpu" else 0.9 * free - CONTEXT_BYTES
     for size in sorted({k for k in range(1, o.load.batch_size) if o.load.batch_size % k == 0}, reverse=True):
         times = o.load.batch_size // size
         if memory(replace(o.load, batch_size=size, accumulation=o.load.accumulation * times)).total <= room:
             steps = f" --gradient_accumulation_steps {o.load.accumulation * times}"
             return f"type --batch_size {size}{'' if o.config.training.global_batch_size else steps}"
+    for strategy in ("zero2", "fsdp2") if o.load.world_size > 1 and o.load.strategy == "ddp" else ():
+        if memory(replace(o.load, strategy=strategy)).total <= room:
+            return f"type --strategy {strategy}"
     return "type --strategy fsdp2 with more --world_size, or a smaller --d_model and --num_layers"
 
 

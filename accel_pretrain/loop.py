@@ -20,6 +20,7 @@ from accel_pretrain.generate import SamplingConfig, generate
 from accel_pretrain.hindsight import AFTER, compared
 from accel_pretrain.metrics import peak_flops
 from accel_pretrain.optim import set_lr
+from accel_pretrain.parallel import alike, is_sharded, whole, withheld
 from accel_pretrain.recovery import divergence, heed_alarm, went_back
 from accel_pretrain.run import TrainingRun
 from accel_pretrain.runtime import seed_dropout
@@ -107,12 +108,13 @@ def train_step(run: TrainingRun, state: TrainState) -> Update | None:
         if config.model.dropout:
             seed_dropout(config.training.seed, state.step, micro_step * plan.world_size + accelerator.process_index)
         exchange = plan.world_size == 1 or micro_step == plan.accumulation - 1
-        with _NOTHING if exchange else accelerator.no_sync(run.model):
+        with _NOTHING if exchange else withheld(accelerator, run.model):
             nats_B = run.model(batch.inputs_BT, batch.targets_BT)
             accelerator.backward(nats_B, gradient=run.weights_B)
         nats.append(nats_B.detach())
     grad_norm = accelerator.clip_grad_norm_(run.parameters, config.training.grad_clip or float("inf"))
     assert grad_norm is not None  # as it would be under DeepSpeed
+    grad_norm = whole(grad_norm)
     loss = _sum_over_processes(run, torch.cat(nats).sum()) / plan.tokens_per_step
     run.saver.wait_until_copied()  # a checkpoint may be in the making
     run.guard.step(accelerator, run.optimizer, state.health, state.step + 1, loss, grad_norm)
@@ -198,9 +200,10 @@ def _validate(run: TrainingRun, which: str) -> EvalResult:
 def show_sample(run: TrainingRun, state: TrainState) -> None:
     """Generate from the model as it is now, on the main process alone: the module itself, so that nobody else is asked.
 
+    Of a sharded one, each process holds a part: then all generate the same text together.
     The draws have a random state of their own, and nothing of the run's is touched: it goes on to the same bits.
     """
-    if run.tokenizer is None or not run.accelerator.is_main_process:
+    if run.tokenizer is None or not (run.accelerator.is_main_process or is_sharded(run.module)):
         return
     settings, tokenizer = run.config.logging, run.tokenizer
     sampling = SamplingConfig(
@@ -209,7 +212,7 @@ def show_sample(run: TrainingRun, state: TrainState) -> None:
     texts: list[tuple[str, str]] = []
     run.module.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+        with alike(run.module), torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
             for prompt in settings.prompts:
                 ids = tokenizer.encode_prompt(prompt)
                 new = generate(run.module, ids, sampling, vocab_size=tokenizer.vocab_size, stop_id=tokenizer.eot_id)

@@ -67,7 +67,8 @@ class SGD:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         groups = decay_groups(model, self.weight_decay)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)
+        shares = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())  # torch 2.13 does not fuse those
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=not shares)
 
 
 def _common_checks(lr: float, weight_decay: float) -> list[tuple[bool, str]]:

@@ -156,15 +156,15 @@ def unknown_splits(config: RunConfig) -> Splits:
     return Splits(split, split)
 
 
-def workload(config: RunConfig, plan: Plan, device: str, strategy: str = "ddp") -> Workload:
-    """What one process of a run has to carry."""
+def workload(config: RunConfig, plan: Plan, device: str) -> Workload:
+    """What one process of a run has to carry. What a launcher may ask for is not known here."""
     optimizer = config.optimizer
     moments = int(optimizer.momentum > 0) if isinstance(optimizer, SGD) else 2
     return Workload(
         model=config.model, vocab_size=plan.vocab_size, batch_size=plan.batch_size, accumulation=plan.accumulation,
         precision=precision_of(config, device), device="cpu" if device == "cpu" else "cuda",
         compiled=bool(config.training.compile), checkpointing=config.training.activation_checkpointing,
-        moments=moments, strategy=strategy, world_size=plan.world_size,
+        moments=moments, strategy=config.parallel.strategy or "ddp", world_size=plan.world_size,
     )  # fmt: skip
 
 
@@ -198,12 +198,11 @@ def look_ahead(
     *,
     world_size: int = 1,
     machine: Machine | None = None,
-    strategy: str = "ddp",
     plan: Plan | None = None,
 ) -> Outlook:
     """The outlook on a run, without its pace. Raises :class:`ConfigError` with everything that does not fit together."""
     plan = plan or make_plan(config, splits or unknown_splits(config), world_size)
-    load = workload(config, plan, machine.device if machine else "cuda", strategy)
+    load = workload(config, plan, machine.device if machine else "cuda")
     return Outlook(
         config=config, plan=plan, load=load, machine=machine, splits=splits, memory=memory(load),
         disk_free=free_disk(Path(config.checkpoint.checkpoint_dir)),

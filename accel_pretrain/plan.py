@@ -64,7 +64,6 @@ class PlanOptions:
         None, "h100 | h200 | a100 | l4 | 4090 | mi300x; null: this machine"
     )
     per_node: int = option(8, "devices of one node, which talk over its link; others over the network")
-    strategy: Literal["ddp", "zero1", "fsdp2"] = option("ddp", "what every device holds: ddp all, zero1, fsdp2 a share")
     probe: bool = option(True, "time a second of real updates, if the run is planned for this machine")
     probe_seconds: float = option(1.0, "how long to time them")
     tokens_per_sec: float | None = option(None, "of all devices together, if it is known; null: from the probe, or a model")
@@ -114,7 +113,7 @@ def plan_run(config: PlannedRun) -> Outlook:
     """Everything that can be known of a run; the probe, if it is wanted, takes about a second."""
     options = config.plan
     machine = machine_for(config)
-    outlook = look_ahead(config, splits_of(config), world_size=options.world_size, machine=machine, strategy=options.strategy)
+    outlook = look_ahead(config, splits_of(config), world_size=options.world_size, machine=machine)
     if options.tokens_per_sec is not None:
         return with_tokens_per_sec(outlook, options.tokens_per_sec)
     if options.hardware is not None:

@@ -20,6 +20,7 @@ from accel_pretrain.commit import checkpoints, find_newest, go_back, problem_wit
 from accel_pretrain.data import numbers_of
 from accel_pretrain.errors import CheckpointError, DivergedError, PretrainError
 from accel_pretrain.files import write_whole
+from accel_pretrain.parallel import is_sharded, local
 from accel_pretrain.run import TrainingRun
 from accel_pretrain.runtime import seed_dropout, together
 
@@ -145,13 +146,14 @@ def _computed_again(run: TrainingRun, state: TrainState, step: int) -> list[dict
     """Compute update ``step`` once more, on the weights as they are now, and say for every process what was not finite.
 
     An update that is not finite changes no weight, and its samples and dropout masks are known: this is what happened. The
-    gradients are those of each process alone.
+    gradients are those of each process alone; of a sharded model, its share of those of all.
     """
     config, rank = run.config, run.accelerator.process_index
     first_sample = state.samples + (step - 1 - state.step) * run.plan.samples_per_step
     losses: list[float] = []
     run.model.zero_grad(set_to_none=True)
-    with run.accelerator.no_sync(run.model):
+    sharded = is_sharded(run.module)
+    with contextlib.nullcontext() if sharded else run.accelerator.no_sync(run.model):
         for micro_step, cpu_batch in enumerate(run.batches.micro_batches(first_sample)):
             batch = cpu_batch.to(run.accelerator.device)
             if config.model.dropout:
@@ -172,4 +174,4 @@ def _computed_again(run: TrainingRun, state: TrainState, step: int) -> list[dict
 
 
 def _not_finite(tensors: Mapping[str, torch.Tensor | None]) -> list[str]:
-    return [name for name, tensor in tensors.items() if tensor is not None and not torch.isfinite(tensor).all()]
+    return [name for name, tensor in tensors.items() if tensor is not None and not torch.isfinite(local(tensor)).all()]

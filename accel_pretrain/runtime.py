@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     set_seed,
@@ -29,8 +30,9 @@ from accelerate.utils import (
 
 from accel_pretrain.errors import ConfigError, refuse
 from accel_pretrain.launch_checks import launch_notices, refuse_missing_processes, settle_launch
-from accel_pretrain.launchers import launched, machines, meeting, meeting_place
+from accel_pretrain.launchers import launched, machines, meeting, meeting_place, sharding_asked_for
 from accel_pretrain.models.recompute import Level
+from accel_pretrain.parallel import ParallelConfig, build_plugin, insist, strategy_of
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
 
@@ -98,7 +100,9 @@ class TrainingConfig:
         )
 
 
-def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Path) -> Accelerator:
+def build_accelerator(
+    training: TrainingConfig, log_with: list[str], run_dir: Path, parallel: ParallelConfig | None = None
+) -> Accelerator:
     """The Accelerator, made before anything else: it decides device, precision and process group.
 
     Raises :class:`ConfigError` for a device or precision that this machine does not have, and when the launcher started a
@@ -121,6 +125,8 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
     timeout = timedelta(seconds=3 * (training.hang_timeout or 24 * 3600) + 60)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset", category=UserWarning)
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    plugin = _sharding(parallel or ParallelConfig(strategy="ddp"), precision, expected, cpu)
     with meeting():
         accelerator = Accelerator(
             cpu=cpu,
@@ -133,15 +139,17 @@ def build_accelerator(training: TrainingConfig, log_with: list[str], run_dir: Pa
                 ddp_settings(training, cpu),
                 InitProcessGroupKwargs(timeout=timeout, init_method=meeting_place()),
             ],
+            fsdp_plugin=plugin,
             log_with=[*log_with] or None,
             project_dir=str(run_dir),
         )
     if cpu:
         torch.set_num_threads(_threads(training.cpu_threads))  # again: Accelerate has an opinion, for several processes
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise ConfigError(f"the launcher started {expected} processes, but Accelerate sees {accelerator.num_processes}")
     refuse_missing_processes(cpu, accelerator.num_processes)
+    if plugin is not None:
+        insist(accelerator, plugin)
     return accelerator
 
 
@@ -155,6 +163,27 @@ def ddp_settings(training: TrainingConfig, cpu: bool) -> DistributedDataParallel
     refuse((half and (cpu or not torch.cuda.is_available()), advice))
     hook = DDPCommunicationHookType.BF16 if half else DDPCommunicationHookType.NO
     return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
+
+
+def _sharding(parallel: ParallelConfig, precision: str, processes: int, cpu: bool) -> FullyShardedDataParallelPlugin | None:
+    """What Accelerate is to know about sharding; None where every process holds everything, as one alone does."""
+    asked, asked_offload = sharding_asked_for() if parallel.strategy is None else (parallel.strategy, False)
+    strategy = asked if asked is not None and processes > 1 else "ddp"
+    offload = asked_offload if parallel.cpu_offload is None else parallel.cpu_offload
+    sharded = strategy != "ddp"
+    refuse(
+        (sharded and precision == "fp16", f"training.mixed_precision: {strategy} knows no fp16; type --mixed_precision bf16"),
+        (
+            bool(parallel.cpu_offload) and not sharded,
+            "parallel.cpu_offload: needs --strategy fsdp2 or zero2, and more than one process",
+        ),
+    )
+    if not sharded:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # else Accelerate would go by it
+        return None
+    offload = offload and not cpu  # where everything is in host memory already
+    os.environ["FSDP_OFFLOAD_PARAMS"] = str(offload).lower()  # true: a process group that can talk about host memory too
+    return build_plugin(strategy, precision, offload=offload)
 
 
 def _threads(wanted: int | None) -> int:
@@ -244,8 +273,8 @@ def few_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def describe_runtime(accelerator: Accelerator, training: TrainingConfig) -> str:
-    """One line: device, processes, precision and who chose it; and one for each thing about the launch to think about."""
+def describe_runtime(accelerator: Accelerator, training: TrainingConfig, parallel: ParallelConfig) -> str:
+    """One line: device, processes and what each of several holds, precision; and who chose it. One more for each remark."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     precision, source = resolve_precision(training, device.type == "cpu")
@@ -253,6 +282,10 @@ def describe_runtime(accelerator: Accelerator, training: TrainingConfig) -> str:
     spread = f" on {count} machines" if (count := machines()) > 1 else ""
     processes = f"Processes: {accelerator.num_processes}{spread}"
     line = f"Device: {device} ({name}) | {processes} | Precision: {shown} (from the {source})"
+    if accelerator.is_fsdp2:
+        line += f" | Sharded: {strategy_of(accelerator)} (from the {'config' if parallel.strategy else 'launcher'})"
+    elif parallel.strategy in ("zero2", "fsdp2") and accelerator.num_processes == 1:
+        line += f" | Not sharded: {parallel.strategy} needs more than one process"
     return "\n".join([line, *(f"Notice: {notice}" for notice in launch_notices())])
 
 

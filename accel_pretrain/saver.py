@@ -25,6 +25,7 @@ from accelerate.checkpointing import save_accelerator_state
 
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState, optimizer_updates
 from accel_pretrain.errors import CheckpointError, StorageError
+from accel_pretrain.parallel import forget_gathered, whole
 from accel_pretrain.peers import Peers
 from accel_pretrain.publish import publish
 
@@ -86,11 +87,12 @@ class Saver:
             keep_last=None if state.health.in_a_row else self._config.keep_last, pin_interval=self._config.pin_interval,
             protected=[self._resumed], peers=self._peers,
         )  # fmt: skip
+        sharded = self._accelerator.is_fsdp2
         if not self._config.asynchronous:
-            self._attempt(job, kept)
+            self._attempt(partial(job, source=Gathered(self._accelerator)) if sharded else job, kept)
             self.wait(state)
             return
-        frozen = Frozen(self._accelerator, self._buffers)
+        frozen = Gathered(self._accelerator) if sharded else Frozen(self._accelerator, self._buffers)
         self._copied.clear()
         self._thread = threading.Thread(target=self._in_background, args=(job, kept, frozen), name="checkpoint")
         self._thread.start()
@@ -218,6 +220,39 @@ class Frozen:
             str(folder), self._models, self._optimizers, [], [], self._accelerator.process_index, self._accelerator.step,
             self._scaler,  # pyright: ignore[reportArgumentType]  # whose state_dict is all that is used
         )  # fmt: skip
+
+
+class Gathered(Frozen):
+    """The same of a sharded model: brought together in the main process's memory, tensor by tensor, by making this. Collective.
+
+    Nothing fails before all have done their part: ``failure`` is raised where the others can hear of it.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator, self._scaler, self.failure = accelerator, None, None
+        module, optimizer = accelerator._models[0], accelerator._optimizers[0]
+        forget_gathered(module)
+        weights = {name: self._gather(own) for name, own in module.named_parameters()}
+        state = optimizer.state_dict()
+        state["state"] = {
+            number: {name: self._gather(value) for name, value in own.items()} for number, own in state["state"].items()
+        }
+        main = accelerator.is_main_process
+        self._models, self._optimizers = ([weights], [_State(state)]) if main else ([], [])
+        self.updates = optimizer_updates(optimizer) if main else None
+
+    def _gather(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        gathered = whole(value.detach())
+        try:
+            return gathered.to("cpu", copy=True) if self._accelerator.is_main_process and self.failure is None else None
+        except RuntimeError as error:  # no memory
+            self.failure = error
+            return None
+
+    def copy(self) -> None:
+        """It is a copy already."""
 
 
 class _State:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
 from accel_pretrain.machines import refuse_differences, refuse_other_folders
 from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.parallel import build_model, fill, prepare
 from accel_pretrain.peers import Peers
 from accel_pretrain.recovery import out_of_memory
 from accel_pretrain.run import TrainingRun
@@ -143,7 +144,7 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
     """Put a run together and train it; returns the exit code."""
     run_dir = config.checkpoint.checkpoint_dir
     follow_the_launcher()
-    accelerator = build_accelerator(config.training, config.logging.tracker_names, run_dir)
+    accelerator = build_accelerator(config.training, config.logging.tracker_names, run_dir, config.parallel)
     say = accelerator.print
     with watched(accelerator, run_dir, config.training.hang_timeout) as watchdog:
         say("Loading data with memory mapping...")
@@ -178,11 +179,11 @@ def assemble(
     if checkpoint is not None:
         plan = make_plan(config, splits, plan.world_size, read_state(checkpoint))
     seed_everything(config.training.seed)
-    module = Transformer(config.model, plan.vocab_size)
+    module = build_model(accelerator, config.model, plan.vocab_size)
     origin = find_origin(config.checkpoint) if checkpoint is None and config.checkpoint.init_from is not None else None
-    if origin is not None:
-        begin_with(module, origin, splits)
-    model, optimizer = accelerator.prepare(module, config.optimizer.build(module))
+    if checkpoint is None:
+        fill(module, module.initial_weights() if origin is None else weights_of(origin, module, splits))
+    model, optimizer = prepare(accelerator, module, config.optimizer.build)
     state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
     flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
     compiled, notice = resolve_compile(config.training, flops, accelerator.device)
@@ -219,18 +220,16 @@ def assemble(
     return run, state
 
 
-def begin_with(module: Transformer, origin: Path, splits: Splits) -> None:
-    """Copy the weights of a checkpoint into a new model; positions that it has no use for are left out."""
+def weights_of(origin: Path, module: Transformer, splits: Splits) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a checkpoint for a new model; positions that it has no use for are left out."""
     own, trained = origin / "tokenizer", splits.train.tokenizer
     if own.is_dir() and trained and load_tokenizer(own).fingerprint != trained["fingerprint"]:
         raise ConfigError(
             f"data.train_data_path: made with the tokenizer {trained['name']}, but {origin} knows another; "
             f"tokenize the text again: python -m prep.tokenize SRC... --tokenizer {own}"
         )
-    weights = read_model(origin).state_dict()
-    if module.config.position == "learned":
-        weights["embed_positions.weight"] = weights["embed_positions.weight"][: module.config.context_length]
-    module.load_state_dict(weights)
+    for name, weight in read_model(origin).state_dict().items():  # mapped from the file
+        yield name, weight[: module.config.context_length] if name == "embed_positions.weight" else weight
 
 
 def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Plan, splits: Splits) -> Path | None:
@@ -326,7 +325,7 @@ def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notic
     if checkpoint is not None:
         say(f"{'Resuming from' if state.step else 'Beginning with the weights of'} {checkpoint}")
     say(f"Starting training from iteration {state.step}...")
-    say(describe_runtime(run.accelerator, run.config.training))
+    say(describe_runtime(run.accelerator, run.config.training, run.config.parallel))
     say(
         f"Batch: {plan.batch_size} sequences x {plan.accumulation} micro-steps x {plan.world_size} processes = "
         f"{plan.tokens_per_step:,} tokens per update"

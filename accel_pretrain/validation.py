@@ -14,6 +14,7 @@ from torch import nn
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import refuse
 from accel_pretrain.loss import IGNORE
+from accel_pretrain.parallel import forget_gathered, is_sharded
 from accel_pretrain.typed_yaml import option
 
 
@@ -91,11 +92,13 @@ def validate(
         for begin in range(0, chosen.size, accelerator.num_processes * batch_size):
             if interrupted():
                 raise Abandoned
-            if (own := chosen[begin + share : begin + share + batch_size]).size:
+            own = chosen[begin + share : begin + share + batch_size]
+            if own.size or is_sharded(model):  # which computes on all processes or on none
                 nats = _nats_per_window(accelerator.device, model, windows, own, batch_size)
                 sums += nats.sum(), np.square(nats).sum()
     finally:
         model.train(was_training)
+        forget_gathered(model)
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device), reduction="sum").cpu().numpy()  # type: ignore[union-attr]
     T, n = windows.context_length, chosen.size

@@ -29,6 +29,7 @@ LEVELS = (
         "session",
         "metrics",
         "trackers",
+        "parallel",
         "peers",
         "machines",
         "checkpoint",

@@ -16,6 +16,7 @@ from accel_pretrain.config import RunConfig
 from accel_pretrain.estimates import (
     Workload,
     activations,
+    block_parameters,
     checkpoint_bytes,
     decayed,
     flops_per_token,
@@ -213,10 +214,13 @@ def test_shards_and_buckets():
     assert ddp["buckets of DDP"] == alone["weights"]  # they stay, and gradients that are accumulated stand beside them
     accumulated = total(world_size=4, accumulation=2)
     assert accumulated["gradients"] == accumulated["buckets of DDP"]
-    assert total(world_size=4, strategy="zero1")["optimizer"] == pytest.approx(alone["optimizer"] / 4, rel=1e-5)
-    fsdp2 = total(world_size=4, strategy="fsdp2")
-    assert fsdp2["weights"] == pytest.approx(alone["weights"] / 4, rel=1e-5)
-    assert fsdp2["gathered weights"] < alone["weights"]
+    zero2, fsdp2 = (total(world_size=4, strategy=strategy) for strategy in ("zero2", "fsdp2"))
+    for sharded in (zero2, fsdp2):
+        assert sharded["optimizer"] == pytest.approx(alone["optimizer"] / 4, rel=1e-5)
+        assert sharded["weights"] == pytest.approx(alone["weights"] / 4, rel=1e-5)
+    assert fsdp2["gathered weights"] < zero2["gathered weights"] == alone["weights"]
+    whole, shares = (total(world_size=4, accumulation=2, strategy=strategy) for strategy in ("zero2", "fsdp2"))
+    assert shares["gradients"] < whole["gradients"] == alone["weights"]
 
 
 def test_a_checkpoint_is_weights_and_moments(tmp_path: Path):
@@ -273,8 +277,14 @@ def test_what_devices_send():
     workload = Workload(model=BASE, vocab_size=VOCAB, batch_size=1, world_size=4, accumulation=3)
     P = workload.parameters
     assert sent_bytes(workload) == {"gradients (all-reduce)": round(2 * 3 / 4 * 4 * P)}
+    inside = sum(own.numel() for own in new_model(BASE).layers.parameters())
+    assert inside == block_parameters(workload)
     sharded = sent_bytes(dataclasses.replace(workload, strategy="fsdp2"))
-    assert sharded == {"weights (all-gather)": round(2 * 3 * 3 / 4 * 4 * P), "gradients (reduce-scatter)": round(3 / 4 * 4 * P)}
+    gathers, scatters = "weights (all-gather)", "gradients (reduce-scatter)"
+    assert sharded == {gathers: round(3 * 3 / 4 * 4 * (P + inside)), scatters: round(3 * 3 / 4 * 4 * P)}
+    assert sent_bytes(dataclasses.replace(workload, strategy="zero2")) == {
+        key: round(3 / 4 * 4 * P) for key in (gathers, scatters)
+    }
     assert sent_bytes(dataclasses.replace(workload, world_size=1)) == {}
 
 

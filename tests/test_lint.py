@@ -18,6 +18,7 @@ from accel_pretrain.lint import findings, notices
 from accel_pretrain.lint_settings import Finding
 from accel_pretrain.mixture import join
 from accel_pretrain.outlook import Outlook, Pace, look_ahead
+from accel_pretrain.parallel import ParallelConfig
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.typed_yaml import load, parse_command_line
 from tests.test_config import CONFIGS, PUBLISHED_SIZES
@@ -200,7 +201,8 @@ def test_no_false_alarm_on_the_machines_that_they_are_for(path: Path):
     base = shipped(path, known=False)
     large = base.plan.parameters > 2 * 10**9
     machine = ROOMY_GPU if large else GPU
-    o = look_ahead(base.config, None, world_size=world, machine=machine, strategy="fsdp2" if large else "ddp")
+    run = dataclasses.replace(base.config, parallel=ParallelConfig(strategy="fsdp2" if large else "ddp"))
+    o = look_ahead(run, None, world_size=world, machine=machine)
     assert [str(finding) for finding in findings(dataclasses.replace(o, disk_free=10**12))] == []
 
 

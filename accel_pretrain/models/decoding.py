@@ -31,6 +31,8 @@ def for_decoding(model: Transformer, rows: int, new_tokens: int) -> Transformer:
     The copy of the weights is made only where it pays within ``new_tokens``, and fits into half of the free memory.
     """
     weights = model.output_matrix
+    if hasattr(weights, "device_mesh"):  # a share of the weights; the others come in when modules are called as such
+        return model
     known = weights.device.type == "cpu" and weights.dtype in (torch.float32, torch.bfloat16) and not model.training
     pays = rows <= _MOST_ROWS and new_tokens >= _PAYS_FROM_TOKENS and model.num_parameters() >= _PAYS_FROM_WEIGHTS
     if not known or not pays:

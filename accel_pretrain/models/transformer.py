@@ -12,6 +12,7 @@ i + E/2 as theirs do, so that importing and exporting weights is a table of name
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -143,7 +144,6 @@ class Transformer(nn.Module):
         if self.output_matrix.device.type != "cpu":
             self._loss = torch.compile(self._loss)
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Set every parameter from the global random state, by this table (GPT-2's rules, Radford et al. 2019, section 2.3).
 
@@ -155,16 +155,37 @@ class Transformer(nn.Module):
         | norm weights | 1 (0 where 1 is added to them) |
         | the gates of value embeddings, all biases | 0 |
         """
-        config = self.config
-        residual_std = 0.0 if config.zero_init else config.init_std / math.sqrt(2 * config.num_layers)
         for name, parameter in self.named_parameters():
-            if name.endswith(("bias", "value_embedding.gate.weight")):
-                nn.init.zeros_(parameter)
-            elif parameter.ndim == 1:
-                nn.init.constant_(parameter, 0.0 if config.norm == "rmsnorm_1p" else 1.0)
-            else:
-                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=residual_std if writes_residual else config.init_std)
+            self.init_weight(name, parameter)
+
+    def initial_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter by name, one after the other, as a model that is built on the CPU has it; this one may be on "meta".
+
+        So a seed gives the same weights however they are spread. PyTorch's layers draw weights too when they are built, which
+        :meth:`init_weights` then writes over: those draws have to be repeated. At most one layer is in memory at a time.
+        """
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="cpu")
+            elif isinstance(layer, nn.Embedding):
+                nn.Embedding(layer.num_embeddings, layer.embedding_dim, device="cpu")
+        for name, parameter in self.named_parameters():
+            whole = torch.empty(parameter.shape, device="cpu")
+            self.init_weight(name, whole)
+            yield name, whole
+
+    @torch.no_grad()
+    def init_weight(self, name: str, weight: torch.Tensor) -> None:
+        """Write the initial value of the parameter ``name`` into ``weight``; see :meth:`init_weights`."""
+        config = self.config
+        if name.endswith(("bias", "value_embedding.gate.weight")):
+            nn.init.zeros_(weight)
+        elif weight.ndim == 1:
+            nn.init.constant_(weight, 0.0 if config.norm == "rmsnorm_1p" else 1.0)
+        else:
+            residual_std = 0.0 if config.zero_init else config.init_std / math.sqrt(2 * config.num_layers)
+            writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(weight, std=residual_std if writes_residual else config.init_std)
 
     def forward(
         self,
