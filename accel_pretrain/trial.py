@@ -29,7 +29,7 @@ from accel_pretrain.data import TokenBatches
 from accel_pretrain.files import write_whole
 from accel_pretrain.launchers import environment_of_its_own
 from accel_pretrain.loop import train_step
-from accel_pretrain.models import Transformer
+from accel_pretrain.parallel import ParallelConfig, build_model, fill, prepare
 from accel_pretrain.probe import timer
 from accel_pretrain.run import TrainingRun
 from accel_pretrain.runtime import build_accelerator, resolve_compile, seed_everything
@@ -66,6 +66,7 @@ def measure(
     Updates are timed for about ``seconds`` after the first; after ``timeout`` seconds in all the process is ended. ``updates``
     are those of the planned run, for its learning rates. ``limit``: the bytes that it may have.
     """
+    config = replace(config, parallel=ParallelConfig())  # one process shares nothing
     with tempfile.TemporaryDirectory(prefix="trial_") as folder:
         question, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
         wishes = {"vocab_size": vocab_size, "samples": samples, "updates": updates, "seconds": seconds, "limit": limit}
@@ -180,8 +181,9 @@ def made_up_tokens(vocab_size: int) -> Splits:
 def build(config: RunConfig, plan: Plan, splits: Splits, accelerator: Accelerator, folder: Path) -> TrainingRun:
     """A run as :mod:`accel_pretrain.train` makes it, in the same order, which nothing saves and nobody asks to stop."""
     seed_everything(config.training.seed)
-    module = Transformer(config.model, plan.vocab_size)
-    model, optimizer = accelerator.prepare(module, config.optimizer.build(module))
+    module = build_model(accelerator, config.model, plan.vocab_size)
+    fill(module, module.initial_weights())
+    model, optimizer = prepare(accelerator, module, config.optimizer.build)
     module.recompute(config.training.activation_checkpointing)
     module.chunked_loss = config.training.chunked_loss
     flops = plan.flops_per_token * plan.tokens_per_step * plan.max_iters
