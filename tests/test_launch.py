@@ -237,7 +237,7 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of processes; start it with accelerate launch or torchrun"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started processes that do not know of each other (OMPI_COMM_WORLD_SIZE=4);"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED: DeepSpeed is not supported; type --config_file"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP 1 is not supported; type --config_file configs"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "asks for version 1 of FSDP; type --fsdp_version 2"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR would compile the model a second time"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "unset it, and type --gradient_accumulation_steps 4"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8 is not supported; type --mixed_precision bf16"),
