@@ -135,8 +135,8 @@ def cut_and_mend(machines: Machines, dataset: Path, run_dir: Path, how: str, eac
     """Cut the link of a run; both sides end in time, say where, and go on when it is mended."""
     words = limited(dataset, run_dir, 150, "--batch_size", str(4 // each))
     processes = machines.start_both(words, run_dir, each)
-    until(lambda: updates(run_dir) >= 11, processes[0])
-    machines.cut(how)
+    until(lambda: updates(run_dir) >= 42, processes[0])
+    machines.cut(how)  # soon after a save: in one, a process would be given three times as long
     began = time.monotonic()
     assert ends(processes, run_dir, TIMEOUT + 5) == [1, 1]  # Accelerate's word for any failure
     assert time.monotonic() - began <= TIMEOUT + 5
@@ -149,7 +149,7 @@ def cut_and_mend(machines: Machines, dataset: Path, run_dir: Path, how: str, eac
             run_dir, rank // each
         )
         assert "train_step" in (run_dir / f"hang_rank{rank}.txt").read_text()
-    assert 10 <= saved_step(run_dir) < 150
+    assert 40 <= saved_step(run_dir) < 150
     machines.mend(how)
     assert ends(machines.start_both(words, run_dir, each), run_dir) == [0, 0], log(run_dir, 0) + log(run_dir, 1)
     assert f"Resuming from {run_dir}/checkpoint_" in log(run_dir, 0)
@@ -253,7 +253,7 @@ def test_a_run_goes_on_with_the_machines_that_are_left(run_train: Train, dataset
     first = start([*launcher, "--node_rank", "0", *words], run_dir.with_suffix(".log0"))
     time.sleep(1)  # the first one's is the store
     second = start([*launcher, "--node_rank", "1", *words], run_dir.with_suffix(".log1"))
-    until(lambda: updates(run_dir) >= 15, first)
+    until(lambda: updates(run_dir) >= 42, first)
     if lost == "machine":
         os.kill(next(pid for pid in trainers(run_dir) if rank_of(pid) == 1), signal.SIGKILL)
     second.kill()
