@@ -155,11 +155,13 @@ def test_a_second_compiler_is_refused_with_the_file_that_asks_for_it(dataset: Pa
     assert not (tmp_path / "compiled").exists()
 
 
-def test_two_processes_of_one_machine(dataset: Path, tmp_path: Path) -> None:
-    options = ["--config_file", "configs/accelerate/ddp.yaml", "--num_processes", "2"]
+@pytest.mark.parametrize("file", ["ddp", pytest.param("fsdp2", marks=pytest.mark.network)])
+def test_two_processes_of_one_machine(dataset: Path, tmp_path: Path, file: str) -> None:
+    options = ["--config_file", f"configs/accelerate/{file}.yaml", "--num_processes", "2"]
     output = said(start([*LAUNCH, *options, "-m", "accel_pretrain.train", *words(dataset, tmp_path / "run")]))
     assert "Device: cpu" in output
     assert "Processes: 2 | Precision: fp32 (from the config)" in output
+    assert ("| Sharded: fsdp2 (from the launcher)" in output) == (file == "fsdp2")
     assert "Batch: 4 sequences x 1 micro-steps x 2 processes" in output
 
 
@@ -338,9 +340,11 @@ def test_gradients_are_exchanged_in_bfloat16_where_nccl_can(monkeypatch: pytest.
     assert usual.comm_hook == DDPCommunicationHookType.NO
     with pytest.raises(ConfigError) as caught:
         ddp_settings(TrainingConfig(gradient_compression="bf16"), cpu=True)
-    assert caught.value.message.endswith("needs NVIDIA GPUs (NCCL); type --gradient_compression null")
+    assert caught.value.message.endswith("needs NVIDIA GPUs (NCCL) and ddp; type --gradient_compression null")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert ddp_settings(TrainingConfig(gradient_compression="bf16"), cpu=False).comm_hook == DDPCommunicationHookType.BF16
+    with pytest.raises(ConfigError):
+        ddp_settings(TrainingConfig(gradient_compression="bf16"), cpu=False, sharded=True)
 
 
 COUNTING = """

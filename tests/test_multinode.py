@@ -148,7 +148,7 @@ def cut_and_mend(machines: Machines, dataset: Path, run_dir: Path, how: str, eac
         assert f"(rank {rank}); where every thread was is in {run_dir}/hang_rank{rank}.txt; --hang_timeout" in log(
             run_dir, rank // each
         )
-        assert "train_step" in (run_dir / f"hang_rank{rank}.txt").read_text()
+        assert "in fit" in (run_dir / f"hang_rank{rank}.txt").read_text()
     assert 40 <= saved_step(run_dir) < 150
     machines.mend(how)
     assert ends(machines.start_both(words, run_dir, each), run_dir) == [0, 0], log(run_dir, 0) + log(run_dir, 1)
