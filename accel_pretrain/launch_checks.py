@@ -103,7 +103,7 @@ def refuse_what_we_do_not_do() -> None:
     micro_steps, device = value("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1", value("ACCELERATE_TORCH_DEVICE")
     refuse(
         *((True, f"{name}: {_UNSUPPORTED[name]} is not supported{where}; {_OTHERWISE}") for name in on),
-        (fsdp1, f"FSDP 1 is not supported{where}; type --config_file configs/accelerate/fsdp2.yaml"),
+        (fsdp1, f"accelerate launch asks for version {value('FSDP_VERSION')} of FSDP{where}; type --fsdp_version 2"),
         (
             backend.upper() != "NO",
             f"ACCELERATE_DYNAMO_BACKEND={backend} would compile the model a second time{where}; "

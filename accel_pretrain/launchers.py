@@ -160,7 +160,7 @@ def meeting() -> Iterator[None]:
     except (dist.DistError, RuntimeError) as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rpartition("] ")[2].partition(". ")[0][:300]
         raise PeerError(f"the {size} processes of this run did not meet at {place}: {reason}") from None
     finally:
         timer.cancel()

@@ -136,7 +136,7 @@ def build_accelerator(
                 num_steps=1, adjust_scheduler=False, sync_with_dataloader=False
             ),
             kwargs_handlers=[
-                ddp_settings(training, cpu),
+                ddp_settings(training, cpu, sharded=plugin is not None),
                 InitProcessGroupKwargs(timeout=timeout, init_method=meeting_place()),
             ],
             fsdp_plugin=plugin,
@@ -153,14 +153,14 @@ def build_accelerator(
     return accelerator
 
 
-def ddp_settings(training: TrainingConfig, cpu: bool) -> DistributedDataParallelKwargs:
+def ddp_settings(training: TrainingConfig, cpu: bool, *, sharded: bool = False) -> DistributedDataParallelKwargs:
     """How gradients are exchanged: out of DDP's buckets without a copy, in bfloat16 if that is asked for.
 
     Rotary tables are buffers and equal everywhere: broadcasting them at every forward would only cost time.
     """
     half = training.gradient_compression == "bf16"
-    advice = "training.gradient_compression: needs NVIDIA GPUs (NCCL); type --gradient_compression null"
-    refuse((half and (cpu or not torch.cuda.is_available()), advice))
+    advice = "training.gradient_compression: needs NVIDIA GPUs (NCCL) and ddp; type --gradient_compression null"
+    refuse((half and (cpu or sharded or not torch.cuda.is_available()), advice))
     hook = DDPCommunicationHookType.BF16 if half else DDPCommunicationHookType.NO
     return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
 

@@ -155,11 +155,13 @@ def test_a_second_compiler_is_refused_with_the_file_that_asks_for_it(dataset: Pa
     assert not (tmp_path / "compiled").exists()
 
 
-def test_two_processes_of_one_machine(dataset: Path, tmp_path: Path) -> None:
-    options = ["--config_file", "configs/accelerate/ddp.yaml", "--num_processes", "2"]
+@pytest.mark.parametrize("file", ["ddp", pytest.param("fsdp2", marks=pytest.mark.network)])
+def test_two_processes_of_one_machine(dataset: Path, tmp_path: Path, file: str) -> None:
+    options = ["--config_file", f"configs/accelerate/{file}.yaml", "--num_processes", "2"]
     output = said(start([*LAUNCH, *options, "-m", "accel_pretrain.train", *words(dataset, tmp_path / "run")]))
     assert "Device: cpu" in output
     assert "Processes: 2 | Precision: fp32 (from the config)" in output
+    assert ("| Sharded: fsdp2 (from the launcher)" in output) == (file == "fsdp2")
     assert "Batch: 4 sequences x 1 micro-steps x 2 processes" in output
 
 
@@ -237,7 +239,7 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of processes; start it with accelerate launch or torchrun"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started processes that do not know of each other (OMPI_COMM_WORLD_SIZE=4);"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED: DeepSpeed is not supported; type --config_file"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP 1 is not supported; type --config_file configs"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "asks for version 1 of FSDP; type --fsdp_version 2"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR would compile the model a second time"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "unset it, and type --gradient_accumulation_steps 4"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8 is not supported; type --mixed_precision bf16"),
@@ -338,9 +340,11 @@ def test_gradients_are_exchanged_in_bfloat16_where_nccl_can(monkeypatch: pytest.
     assert usual.comm_hook == DDPCommunicationHookType.NO
     with pytest.raises(ConfigError) as caught:
         ddp_settings(TrainingConfig(gradient_compression="bf16"), cpu=True)
-    assert caught.value.message.endswith("needs NVIDIA GPUs (NCCL); type --gradient_compression null")
+    assert caught.value.message.endswith("needs NVIDIA GPUs (NCCL) and ddp; type --gradient_compression null")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert ddp_settings(TrainingConfig(gradient_compression="bf16"), cpu=False).comm_hook == DDPCommunicationHookType.BF16
+    with pytest.raises(ConfigError):
+        ddp_settings(TrainingConfig(gradient_compression="bf16"), cpu=False, sharded=True)
 
 
 COUNTING = """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -134,8 +135,8 @@ def cut_and_mend(machines: Machines, dataset: Path, run_dir: Path, how: str, eac
     """Cut the link of a run; both sides end in time, say where, and go on when it is mended."""
     words = limited(dataset, run_dir, 150, "--batch_size", str(4 // each))
     processes = machines.start_both(words, run_dir, each)
-    until(lambda: updates(run_dir) >= 11, processes[0])
-    machines.cut(how)
+    until(lambda: updates(run_dir) >= 42, processes[0])
+    machines.cut(how)  # soon after a save: in one, a process would be given three times as long
     began = time.monotonic()
     assert ends(processes, run_dir, TIMEOUT + 5) == [1, 1]  # Accelerate's word for any failure
     assert time.monotonic() - began <= TIMEOUT + 5
@@ -147,8 +148,8 @@ def cut_and_mend(machines: Machines, dataset: Path, run_dir: Path, how: str, eac
         assert f"(rank {rank}); where every thread was is in {run_dir}/hang_rank{rank}.txt; --hang_timeout" in log(
             run_dir, rank // each
         )
-        assert "train_step" in (run_dir / f"hang_rank{rank}.txt").read_text()
-    assert 10 <= saved_step(run_dir) < 150
+        assert "in fit" in (run_dir / f"hang_rank{rank}.txt").read_text()
+    assert 40 <= saved_step(run_dir) < 150
     machines.mend(how)
     assert ends(machines.start_both(words, run_dir, each), run_dir) == [0, 0], log(run_dir, 0) + log(run_dir, 1)
     assert f"Resuming from {run_dir}/checkpoint_" in log(run_dir, 0)
@@ -204,10 +205,8 @@ def test_a_run_directory_of_one_machine(apart: Machines, run_train: Train, datas
         f"{run_dir}/checkpoint_00000020 is on node0, and node1 cannot see it; give all machines one shared --checkpoint_dir"
     )
     assert 0 not in ends(apart.start_both(words, run_dir), run_dir)
-    assert all(refusal in log(run_dir, number) for number in range(2))
-    assert "Traceback" not in log(run_dir, 1).split("Root Cause")[0].replace(
-        'Traceback (most recent call last):\n  File "<frozen', ""
-    )
+    assert f"error: {refusal}" in log(run_dir, 0)
+    assert f"error (rank 1): {refusal}" in log(run_dir, 1)
 
     apart.private.reverse()  # the main process is where no checkpoint is
     assert 0 not in ends(apart.start_both(words, run_dir), run_dir)
@@ -231,7 +230,9 @@ def test_data_that_only_one_machine_has(machines: Machines, dataset: Path, tmp_p
     ]
     assert 0 not in ends(processes, run_dir, 60)
     assert f"error (rank 1): {tmp_path}/nothing" in log(run_dir, 1)
-    assert "another process of this run has ended or does not answer" in log(run_dir, 0)
+    lines = "another process of this run has ended or does not answer|the 2 processes of this run did not meet at 10.77.0.1"
+    assert re.search(f"error: ({lines})", log(run_dir, 0))  # the second if it has ended that soon
+    assert "[rank0]: Traceback" not in log(run_dir, 0)
     assert not (run_dir / "metrics.jsonl").exists()
 
 
@@ -252,7 +253,7 @@ def test_a_run_goes_on_with_the_machines_that_are_left(run_train: Train, dataset
     first = start([*launcher, "--node_rank", "0", *words], run_dir.with_suffix(".log0"))
     time.sleep(1)  # the first one's is the store
     second = start([*launcher, "--node_rank", "1", *words], run_dir.with_suffix(".log1"))
-    until(lambda: updates(run_dir) >= 15, first)
+    until(lambda: updates(run_dir) >= 42, first)
     if lost == "machine":
         os.kill(next(pid for pid in trainers(run_dir) if rank_of(pid) == 1), signal.SIGKILL)
     second.kill()
