@@ -4,6 +4,9 @@
 #              thousands of deaths, power cuts, disk errors, damaged and malicious files (tests/faults): 10 to 20 minutes.
 #              Ends with one line of figures. A few of each kind are in make test; here are all: a test that is marked
 #              "faults" runs only here. Run it after a change of commit.py, publish.py, saver.py, checkpoint.py or lock.py
+# make test-network
+#              several machines (network namespaces: Linux, root), links that are cut, launchers that shrink: two minutes.
+#              Run it after a change of launchers.py, launch_checks.py, machines.py, slurm.py or watchdog.py
 #
 # Both make .venv and install what they need. To use the Python environment that is active instead, and the torch it has
 # (2.11 or newer): make test ENV=active
@@ -21,7 +24,7 @@ else
   DEV := .venv/.installed-dev
 endif
 
-.PHONY: demo test test-faults lint clean .active-demo .active-dev
+.PHONY: demo test test-faults test-network lint clean .active-demo .active-dev
 
 demo: $(DEMO)
 	$(PY) -m prep.tokenize --demo -o data/demo
@@ -35,6 +38,9 @@ test: lint
 
 test-faults: $(DEV)
 	$(PY) -m pytest -m "faults or controls" tests/faults --durations 15
+
+test-network: $(DEV)
+	$(PY) -m pytest -m network tests/test_launch.py tests/test_multinode.py --durations 15
 
 lint: $(DEV)
 	$(PY) -m ruff check .

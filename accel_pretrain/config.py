@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from accel_pretrain import __version__
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState
 from accel_pretrain.data import DataConfig, Windows
 from accel_pretrain.errors import ConfigError
@@ -22,7 +23,7 @@ from accel_pretrain.runtime import TrainingConfig
 from accel_pretrain.schedule import Cosine, Schedule
 from accel_pretrain.shards import TokenSplit, splits_in
 from accel_pretrain.trackers import LoggingConfig
-from accel_pretrain.typed_yaml import section
+from accel_pretrain.typed_yaml import section, to_plain
 from accel_pretrain.validation import EvaluationConfig
 
 
@@ -60,6 +61,27 @@ def open_splits(config: DataConfig) -> Splits:
         if not all(splits_in(path) for path in paths_of(val_path)):
             raise ConfigError("data.val_data_path: not given; a bare file of ids has no val split: type --val_data_path FILE")
     return Splits(train, open_data(val_path, "val", config.dtype))
+
+
+def flat(config: RunConfig) -> dict[str, object]:
+    """Every setting by its dotted key."""
+    return {f"{section}.{key}": value for section, values in to_plain(config).items() for key, value in values.items()}
+
+
+def told(config: RunConfig, splits: Splits, precision: str) -> dict[str, object]:
+    """What has to be the same on every machine of a run: the settings that change the numbers, the tokens, the versions."""
+    own = ("training.cpu_threads", "checkpoint.checkpoint_dir", "checkpoint.init_from", "checkpoint.resume_from")
+    settings = {
+        key: value for key, value in flat(config).items() if not key.startswith(("data.", "logging.")) and key not in own
+    }
+    return settings | {
+        "data.sampling": config.data.sampling,
+        "the tokens of data.train_data_path": splits.train.fingerprint,
+        "the tokens of data.val_data_path": splits.val.fingerprint,
+        "the precision": precision,
+        "the version of torch": torch.__version__,
+        "the version of accel_pretrain": __version__,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,16 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate.commands.config.config_args import default_config_file
 
-from accel_pretrain.errors import refuse
+from accel_pretrain.errors import PeerError
 
 
 def launched() -> bool:
@@ -59,6 +61,10 @@ _LAUNCHERS = (
     "LOCAL_",
     "GROUP_",
     "ROLE_",
+    "SLURM_STEP_",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NTASKS",
 )
 
 
@@ -99,47 +105,73 @@ def _is_accelerate(words: list[str]) -> bool:
     return any(Path(word).name.startswith("accelerate") for word in words[:4])
 
 
-def _asked_for(words: list[str]) -> int:
-    """How many processes a command line of ``accelerate launch`` asks for, itself or in its config file; 1 if it is none."""
+@dataclass(frozen=True)
+class Request:
+    """What a command line of ``accelerate launch`` asks for, itself or in its config file; of any other one process."""
+
+    processes: int = 1  # on all machines together
+    file: Path | None = None  # the config file that it reads
+    is_default: bool = False  # nobody named that file: it is the one that ``accelerate config`` has left
+    document: Mapping[str, Any] = field(default_factory=dict)
+
+
+def request_of(words: list[str]) -> Request:
+    """Read the command line of a launcher, and the file that it reads."""
     if not _is_accelerate(words):
-        return 1
+        return Request()
     values: dict[str, str] = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name in ("--num_processes", "--num-processes", "--config_file", "--config-file"):
             values.setdefault(name.replace("-", "_"), value if equals else following)
-    number = values.get("__num_processes")
-    if number is None:
-        file = values.get("__config_file") or (None if "--cpu" in words else default_config_file)
-        try:
-            document = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
-            alone = str(document.get("distributed_type", "NO")) in ("NO", "False")
-            number = "1" if alone else document.get("num_processes", 1)
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
-            number = "1"
-    return int(number) if str(number).isdigit() else 1
+    named, default = values.get("__config_file"), None if "--cpu" in words else default_config_file
+    file = named or (default if default and Path(default).is_file() else None)
+    try:
+        document = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
+        document = document if isinstance(document, dict) else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        document = {}
+    alone = str(document.get("distributed_type", "NO")) in ("NO", "False")
+    number = str(values.get("__num_processes", 1 if alone else document.get("num_processes", 1)))
+    is_default = file is not None and not named
+    return Request(int(number) if number.isdigit() else 1, Path(file) if file else None, is_default, document)
 
 
 def sharding_asked_for() -> tuple[str | None, bool]:
     """The strategy that ``accelerate launch --use_fsdp``, or its config file, asks for, and whether to use host memory."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return None, False
-    version = os.environ.get("FSDP_VERSION", "1")
-    refuse((version != "2", f"accelerate launch asks for version {version} of FSDP; type --fsdp_version 2, or fsdp_version: 2"))
     whole = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
     return "zero2" if whole else "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
 
 
-def refuse_missing_processes(cpu: bool, seen: int) -> None:
-    """``accelerate launch --cpu --num_processes 2`` starts one process, and says nothing."""
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ or elastic():
-        return
-    asked = _asked_for(parent_command())
-    instead = f"accelerate launch --multi_gpu --num_processes {asked} -m accel_pretrain.train ..."
-    refuse(
-        (
-            asked > seen,
-            f"accelerate launch was asked for {asked} processes and started {seen}; "
-            f"type: {'ACCELERATE_USE_CPU=1 ' if cpu else ''}{instead} (without --cpu)",
-        )
-    )
+def machines() -> int:
+    """How many machines the processes of this run are on, if all have as many as this one."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(1, int(os.environ.get("WORLD_SIZE") or 1) // here) if "LOCAL_WORLD_SIZE" in os.environ else 1
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """The block in which processes meet: after a while it says for whom it waits, and a failure is one line."""
+    import torch.distributed as dist
+
+    size, rank = (os.environ.get(name) for name in ("WORLD_SIZE", "RANK"))
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    told = f"process {rank} of {size} waits for the others at {place}\n"
+    timer = threading.Timer(PATIENCE, lambda: sys.stderr.write(told))
+    timer.daemon = True
+    if size not in (None, "1"):
+        timer.start()
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise PeerError(f"the {size} processes of this run did not meet at {place}: {reason}") from None
+    finally:
+        timer.cancel()
+
+
+PATIENCE = 15.0  # seconds of waiting for other processes after which a person wants to know

@@ -121,6 +121,8 @@ def publish(
         milestones = [path.name for path in checkpoints(run_dir) if pin_interval and step_of(path) % pin_interval == 0]
         _tidy(final, ("best", "latest") if is_best else ("latest",), keep_last, {*milestones, *protected})
     peers.gather(None)  # nobody reads the directory before it is as it stays
+    if not peers.is_main:  # on a machine that does not share the directory, Accelerate has made one of its own
+        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 

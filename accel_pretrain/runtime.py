@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -27,7 +28,8 @@ from accelerate.utils import (
 )
 
 from accel_pretrain.errors import ConfigError, refuse
-from accel_pretrain.launchers import launched, meeting_place, refuse_missing_processes, sharding_asked_for
+from accel_pretrain.launch_checks import launch_notices, refuse_missing_processes, settle_launch
+from accel_pretrain.launchers import launched, machines, meeting, meeting_place, sharding_asked_for
 from accel_pretrain.parallel import ParallelConfig, build_plugin, insist, strategy_of
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
@@ -48,6 +50,9 @@ class TrainingConfig:
     grad_clip: float | None = option(1.0, "largest norm of the gradient; null: no clipping", aliases=("max_grad_norm",))
     mixed_precision: Literal["no", "bf16", "fp16", "float32", "bfloat16", "float16"] | None = option(
         None, "no | bf16 | fp16; null: the launcher's, else bf16 where the GPU or CPU computes in it", aliases=("dtype",)
+    )
+    gradient_compression: Literal["bf16"] | None = option(
+        None, "bf16: exchange gradients in half the bytes, which changes the curve a little; NVIDIA GPUs; null: float32"
     )
     compile: bool | None = option(None, "compile the blocks with torch.compile; null: in runs so long that it pays")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
@@ -97,6 +102,7 @@ def build_accelerator(
     number of processes that Accelerate does not see, or fewer than it was asked for.
     """
     cpu = _use_cpu(training.device)
+    settle_launch(cpu, gpus=0 if cpu else torch.cuda.device_count())
     precision, _ = resolve_precision(training, cpu)
     refuse((precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"))
     if cpu:
@@ -106,24 +112,27 @@ def build_accelerator(
     # Longer than the watchdog of any process waits, so that it is the one to say where a run hangs.
     timeout = timedelta(seconds=3 * (training.hang_timeout or 24 * 3600) + 60)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset", category=UserWarning)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
-    plugin = _sharding(parallel or ParallelConfig(strategy="ddp"), precision, expected, cpu)
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=precision,
-        # A plugin, because the bare argument would give way to a variable that `accelerate launch` may export.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=1, adjust_scheduler=False, sync_with_dataloader=False
-        ),
-        # Rotary tables are buffers and equal everywhere: broadcasting them at every forward would only cost time.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timeout, init_method=meeting_place()),
-        ],
-        fsdp_plugin=plugin,
-        log_with=[*log_with] or None,
-        project_dir=str(run_dir),
-    )
+    plugin = _sharding(parallel or ParallelConfig(strategy="ddp"), training, precision, expected, cpu)
+    with meeting():
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=precision,
+            # A plugin, because the bare argument would give way to a variable that `accelerate launch` may export.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=1, adjust_scheduler=False, sync_with_dataloader=False
+            ),
+            kwargs_handlers=[
+                ddp_settings(training, cpu),
+                InitProcessGroupKwargs(timeout=timeout, init_method=meeting_place()),
+            ],
+            fsdp_plugin=plugin,
+            log_with=[*log_with] or None,
+            project_dir=str(run_dir),
+        )
+    if cpu:
+        torch.set_num_threads(_threads(training.cpu_threads))  # again: Accelerate has an opinion, for several processes
     if accelerator.num_processes != expected:
         raise ConfigError(f"the launcher started {expected} processes, but Accelerate sees {accelerator.num_processes}")
     refuse_missing_processes(cpu, accelerator.num_processes)
@@ -132,7 +141,9 @@ def build_accelerator(
     return accelerator
 
 
-def _sharding(parallel: ParallelConfig, precision: str, processes: int, cpu: bool) -> FullyShardedDataParallelPlugin | None:
+def _sharding(
+    parallel: ParallelConfig, training: TrainingConfig, precision: str, processes: int, cpu: bool
+) -> FullyShardedDataParallelPlugin | None:
     """What Accelerate is to know about sharding; None where every process holds everything, as one alone does."""
     asked, asked_offload = sharding_asked_for() if parallel.strategy is None else (parallel.strategy, False)
     strategy = asked if asked is not None and processes > 1 else "ddp"
@@ -140,6 +151,10 @@ def _sharding(parallel: ParallelConfig, precision: str, processes: int, cpu: boo
     sharded = strategy != "ddp"
     refuse(
         (sharded and precision == "fp16", f"training.mixed_precision: {strategy} knows no fp16; type --mixed_precision bf16"),
+        (
+            sharded and training.gradient_compression is not None,
+            f"training.gradient_compression: {strategy} exchanges gradients in float32; type --gradient_compression null",
+        ),
         (
             bool(parallel.cpu_offload) and not sharded,
             "parallel.cpu_offload: needs --strategy fsdp2 or zero2, and more than one process",
@@ -153,12 +168,26 @@ def _sharding(parallel: ParallelConfig, precision: str, processes: int, cpu: boo
     return build_plugin(strategy, precision, offload=offload)
 
 
+def ddp_settings(training: TrainingConfig, cpu: bool) -> DistributedDataParallelKwargs:
+    """How gradients are exchanged: out of DDP's buckets without a copy, in bfloat16 if that is asked for.
+
+    Rotary tables are buffers and equal everywhere: broadcasting them at every forward would only cost time.
+    """
+    half = training.gradient_compression == "bf16"
+    advice = "training.gradient_compression: needs NVIDIA GPUs (NCCL); type --gradient_compression null"
+    refuse((half and (cpu or not torch.cuda.is_available()), advice))
+    hook = DDPCommunicationHookType.BF16 if half else DDPCommunicationHookType.NO
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
+
+
 def _threads(wanted: int | None) -> int:
     """Launchers set OMP_NUM_THREADS to 1 where nobody chose, which would leave most of a CPU idle: then cores are shared."""
     chosen = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
     if wanted is not None or chosen > 1 or (chosen == 1 and not launched()):
         return wanted or chosen
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if own := os.environ.get("SLURM_CPUS_PER_TASK"):  # each task has its own cores
+        return max(1, min(cores, int(own)))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -166,7 +195,13 @@ def _use_cpu(wanted: str) -> bool:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     available = {"auto": True, "cpu": True, "cuda": cuda, "mps": mps}[wanted]
-    refuse((not available, f"training.device: {wanted} is not available on this machine; type --device auto"))
+    refuse(
+        (not available, f"training.device: {wanted} is not available on this machine; type --device auto"),
+        (
+            available and forced and wanted in ("cuda", "mps"),
+            f"training.device: {wanted}, but ACCELERATE_USE_CPU is set; type: unset ACCELERATE_USE_CPU",
+        ),
+    )
     return wanted == "cpu" or forced or not (cuda or mps)
 
 
@@ -217,16 +252,20 @@ def resolve_compile(training: TrainingConfig, flops: float, device: torch.device
 
 
 def describe_runtime(accelerator: Accelerator, training: TrainingConfig, parallel: ParallelConfig) -> str:
-    """One line: device, processes and what each of several holds, precision; and who chose it."""
+    """One line: device, processes and what each holds, precision, and who chose it; and one for each thing to think about."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     precision, source = resolve_precision(training, device.type == "cpu")
     shown = "fp32" if precision == "no" else precision
-    line = f"Device: {device} ({name}) | Processes: {accelerator.num_processes} | Precision: {shown} (from the {source})"
-    if not accelerator.is_fsdp2:
-        alone = parallel.strategy in ("zero2", "fsdp2") and accelerator.num_processes == 1
-        return f"{line} | Not sharded: {parallel.strategy} needs more than one process" if alone else line
-    return f"{line} | Sharded: {strategy_of(accelerator)} (from the {'config' if parallel.strategy else 'launcher'})"
+    spread = f" on {count} machines" if (count := machines()) > 1 else ""
+    processes = f"Processes: {accelerator.num_processes}{spread}"
+    line = f"Device: {device} ({name}) | {processes} | Precision: {shown} (from the {source})"
+    found = launch_notices()
+    if accelerator.is_fsdp2:
+        line += f" | Sharded: {strategy_of(accelerator)} (from the {'config' if parallel.strategy else 'launcher'})"
+    elif parallel.strategy in ("zero2", "fsdp2"):
+        found.append(f"parallel.strategy {parallel.strategy}: one process holds everything")
+    return "\n".join([line, *(f"Notice: {notice}" for notice in found)])
 
 
 def seed_everything(seed: int) -> None:

@@ -86,25 +86,33 @@ def session(accelerator: Accelerator, run_dir: Path, watchdog: Watchdog) -> Iter
     # Signals last: a launcher that ends what is left of a failed run must not cut off the record of why.
     # Trackers after the status, which must be true even if they hang.
     with (
+        _others(accelerator, run_dir),
         StopSignal() as stop,
         _held(accelerator, run_dir, watchdog),
         contextlib.ExitStack() as afterwards,
         RunStatus(run_dir if main else None) as status,
+        _others(accelerator, run_dir),  # again: the status is to hear of it too
     ):
         stop.leaving = lambda code: status.end("interrupted", code, "left at once, without saving")
         watchdog.tell = lambda reason: record_failure(run_dir, HANG, reason)
-        try:
-            yield Session(stop, watchdog, status, afterwards)
-        except RuntimeError as error:
-            if accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                first = str(error).strip().splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-                if not main:
-                    record_loss(run_dir)
-                raise PeerError(
-                    f"another process of this run has ended or does not answer ({first}); "
-                    "its own message comes first; the same command goes on from the last checkpoint"
-                ) from None
-            raise
+        yield Session(stop, watchdog, status, afterwards)
+
+
+@contextlib.contextmanager
+def _others(accelerator: Accelerator, run_dir: Path) -> Iterator[None]:
+    """That another process of the run is gone is one line, whichever message it was that could not be delivered."""
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            first = str(error).strip().splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+            if not accelerator.is_main_process:
+                record_loss(run_dir)
+            raise PeerError(
+                f"another process of this run has ended or does not answer ({first}); "
+                "its own message comes first; the same command goes on from the last checkpoint"
+            ) from None
+        raise
 
 
 @contextlib.contextmanager

@@ -127,8 +127,11 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """The same, but 0 under an elastic launcher, which would call anything else a failure."""
-        return 0 if elastic() else self.own_code
+        """The same, but 0 under an elastic launcher, which would call anything else a failure.
+
+        Unless a launcher has died: those on other machines would take 0 for the end, and wait for the dead one to agree.
+        """
+        return 0 if elastic() and self.signal != _ORPHANED else self.own_code
 
 
 def _say(text: str) -> None:

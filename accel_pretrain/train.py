@@ -26,7 +26,7 @@ from accel_pretrain.checkpoint import (
     restore,
 )
 from accel_pretrain.commit import find_newest, go_back, resolve, sweep
-from accel_pretrain.config import Plan, RunConfig, Splits, make_plan, open_splits
+from accel_pretrain.config import Plan, RunConfig, Splits, flat, make_plan, open_splits, told
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
@@ -34,8 +34,10 @@ from accel_pretrain.guard import Guard
 from accel_pretrain.launchers import is_restart
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
+from accel_pretrain.machines import refuse_differences, refuse_other_folders
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.parallel import build_model, fill, prepare
+from accel_pretrain.peers import Peers
 from accel_pretrain.run import TrainingRun
 from accel_pretrain.runtime import build_accelerator, describe_runtime, resolve_compile, seed_everything, together
 from accel_pretrain.saver import Saver
@@ -219,7 +221,8 @@ def weights_of(origin: Path, module: Transformer, splits: Splits) -> Iterator[tu
 
 def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Plan, splits: Splits) -> Path | None:
     """Sweep the run directory, find the checkpoint to go on from (None: start afresh), and record the config. Collective."""
-    run_dir = config.checkpoint.checkpoint_dir
+    run_dir, peers = config.checkpoint.checkpoint_dir, Peers(accelerator)
+    refuse_differences(peers, told(config, splits, accelerator.mixed_precision))
     found: list[Path | None] = [None]
     with together(accelerator, CheckpointError):
         if accelerator.is_main_process:
@@ -234,6 +237,8 @@ def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Pla
         from accelerate.utils import broadcast_object_list
 
         broadcast_object_list(found)
+    if (notice := refuse_other_folders(peers, run_dir, found[0])) and peers.is_main:
+        print(f"Notice: {notice}")
     return found[0]
 
 
@@ -268,7 +273,7 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     """Refuse to go on with another model, data, order or optimizer; say which other settings have changed since."""
     require_optimizer(checkpoint)
     read_state(checkpoint)  # what does not count is refused before anything is moved for it
-    saved, now = _flat_config(load(RunConfig, checkpoint / "config.yaml")), _flat_config(config)
+    saved, now = flat(load(RunConfig, checkpoint / "config.yaml")), flat(config)
     changed = {key: (saved.get(key, "none"), now[key]) for key in now if saved.get(key) != now[key]}
     fixed = ("optimizer.name", "data.sampling", "training.seed")
     problems = [
@@ -296,10 +301,6 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     for key, (old, new) in changed.items():
         if not key.startswith(("logging.", "checkpoint.")):
             print(f"changed since {checkpoint.name}: {key} {old} -> {new}")
-
-
-def _flat_config(config: RunConfig) -> dict[str, object]:
-    return {f"{section}.{key}": value for section, values in to_plain(config).items() for key, value in values.items()}
 
 
 def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notice: str | None) -> None:

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def train(words: list[str], seconds: float, clock: Clock) -> dict[str, float]:
         np.random.default_rng(0).integers(0, 512, 400_000).astype("<u2").tofile(path)
         given = ["--train_data_path", str(path), "--val_data_path", str(path), "--checkpoint_dir", f"{folder}/run", *words]
         config = load(RunConfig, None, parse_command_line(RunConfig, given).overrides)
+        config.checkpoint.checkpoint_dir.mkdir(exist_ok=True)  # as a session does, which there is none of here
         splits = open_splits(config.data)
         accelerator = build_accelerator(config.training, [], config.checkpoint.checkpoint_dir)
         plan = make_plan(config, splits, accelerator.num_processes)
@@ -179,13 +181,16 @@ def one_process_each(threads: int, clock: list[str], only: str) -> None:
         print(f"{what}: largest error {worst:+.1%}, median size {statistics.median(map(abs, values)):.1%}")
 
 
-def several_processes() -> None:
-    """DDP over gloo: every process has one thread; there may be fewer cores than processes, which the plan is told."""
-    cores = len(os.sched_getaffinity(0))
+def several_processes(words: Sequence[str], counts: Sequence[int] = (1, 2, 4)) -> list[tuple[float, float]]:
+    """DDP over gloo: every process has one thread; there may be fewer cores than processes, which the plan is told.
+
+    Returns the errors of memory and time, one pair for each number of processes.
+    """
+    cores, errors = len(os.sched_getaffinity(0)), []
     print(f"{cores} cores, torch {torch.__version__}; memory of one process in MB, update in ms")
     print(f"{'processes':<12}{'memory':>8}{'measured':>10}{'error':>8}{'update':>11}{'measured':>10}{'error':>8}{'GB/s':>7}")
-    common = [*PER_PROCESS.split(), "--device", "cpu", "--cpu_threads", "1"]
-    for n in (1, 2, 4):
+    common = [*words, "--device", "cpu", "--cpu_threads", "1"]
+    for n in counts:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] if n > 1 else []
         trained = ["-m", "benchmarks.plan", "--train", "4", *common]
         measured = run_process([*launch, *trained], MALLOC_MMAP_THRESHOLD_="65536")
@@ -195,12 +200,14 @@ def several_processes() -> None:
         parts, memory = plan["time"], plan["memory"]["peak"]
         crowded = max(1.0, n / cores)
         seconds = (parts["seconds_per_update"] - (parts["exposed"] or 0)) * crowded + (parts["exposed"] or 0)
+        errors.append((memory / measured["peak"] - 1, seconds / timed["seconds"] - 1))
         print(
-            f"{n:<12}{memory / 1e6:8.0f}{measured['peak'] / 1e6:10.0f}{memory / measured['peak'] - 1:+8.1%}"
-            f"{seconds * 1000:11.1f}{timed['seconds'] * 1000:10.1f}{seconds / timed['seconds'] - 1:+8.1%}"
+            f"{n:<12}{memory / 1e6:8.0f}{measured['peak'] / 1e6:10.0f}{errors[-1][0]:+8.1%}"
+            f"{seconds * 1000:11.1f}{timed['seconds'] * 1000:10.1f}{errors[-1][1]:+8.1%}"
             f"{timed['rate'] / 1e9:7.2f}",
             flush=True,
         )
+    return errors
 
 
 def main() -> None:
@@ -220,7 +227,7 @@ def main() -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             print(json.dumps(found))
     elif options.processes:
-        several_processes()
+        several_processes(PER_PROCESS.split())
     else:
         one_process_each(options.threads, ["--cpu_time"] if options.cpu_time else [], options.only)
 

@@ -20,7 +20,9 @@ LEVELS = (
     ),
     ("models", "loss", "optim", "data", "estimates", "hardware", "cluster", "probe"),
     (
+        "slurm",
         "launchers",
+        "launch_checks",
         "runtime",
         "stopping",
         "watchdog",
@@ -29,6 +31,7 @@ LEVELS = (
         "trackers",
         "parallel",
         "peers",
+        "machines",
         "checkpoint",
         "publish",
         "saver",
@@ -57,6 +60,7 @@ MAY_READ_ENVIRONMENT = {
     "accel_pretrain/errors.py",
     "accel_pretrain/redaction.py",
     "accel_pretrain/launchers.py",
+    "accel_pretrain/launch_checks.py",
     "accel_pretrain/runtime.py",
     "prep/runners.py",
 }

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from accel_pretrain.checkpoint import load_model, read_state
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.parallel import ParallelConfig
-from accel_pretrain.runtime import _sharding
+from accel_pretrain.runtime import TrainingConfig, _sharding
 from tests.processes import leave_nothing_running, saved_step, start, status, until, updates  # noqa: F401
 from tests.running import (
     REPO,
@@ -167,21 +167,24 @@ def test_what_cannot_be_is_refused(dataset: Path, tmp_path: Path, capsys: pytest
 
 def test_what_is_sharded_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")  # put back at the end
+    training, halved = TrainingConfig(), TrainingConfig(gradient_compression="bf16")
     for strategy, resharded in (("zero2", False), ("fsdp2", True)):
-        plugin = _sharding(ParallelConfig(strategy=strategy), "bf16", 2, cpu=True)  # type: ignore[arg-type]
+        plugin = _sharding(ParallelConfig(strategy=strategy), training, "bf16", 2, cpu=True)  # type: ignore[arg-type]
         assert plugin is not None
         assert plugin.reshard_after_forward is resharded
         assert plugin.mixed_precision_policy.reduce_dtype == torch.float32  # type: ignore[union-attr]
         with pytest.raises(ConfigError, match=f"{strategy} knows no fp16; type --mixed_precision bf16"):
-            _sharding(ParallelConfig(strategy=strategy), "fp16", 2, cpu=False)  # type: ignore[arg-type]
+            _sharding(ParallelConfig(strategy=strategy), training, "fp16", 2, cpu=False)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"{strategy} exchanges gradients in float32"):
+            _sharding(ParallelConfig(strategy=strategy), halved, "bf16", 2, cpu=False)  # type: ignore[arg-type]
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     for said, offloads in (("false", False), ("true", True)):
         monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", said)
-        asked = _sharding(ParallelConfig(), "no", 2, cpu=False)
+        asked = _sharding(ParallelConfig(), training, "no", 2, cpu=False)
         assert asked is not None
         assert isinstance(asked.cpu_offload, CPUOffloadPolicy) is offloads
-    assert _sharding(ParallelConfig(strategy="ddp"), "no", 2, cpu=True) is None  # the config has the last word
+    assert _sharding(ParallelConfig(strategy="ddp"), training, "no", 2, cpu=True) is None  # the config has the last word
     assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
@@ -191,8 +194,9 @@ def test_a_launcher_that_asks_for_the_old_fsdp_is_refused(
     from accel_pretrain.train import main
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
     asked = words(dataset, tmp_path / "run", 1, "null")
-    assert "version 1 of FSDP; type --fsdp_version 2" in refused(main, capsys, *asked)
+    assert "FSDP 1 is not supported" in refused(main, capsys, *asked)
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert main([*asked, "--max_iters", "1"]) == 0  # a process alone holds everything
     assert "Sharded" not in capsys.readouterr().out

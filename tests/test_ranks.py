@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from accel_pretrain.launchers import _asked_for
+from accel_pretrain.launchers import request_of
 from tests.processes import (  # noqa: F401
     arguments,
     command,
@@ -171,7 +171,7 @@ def test_what_the_launcher_was_asked_for(tmp_path: Path, monkeypatch: pytest.Mon
     Path("two.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
     Path("eight_alone.yaml").write_text("distributed_type: 'NO'\nnum_processes: 8\n")
     Path("broken.yaml").write_text("[: -\n")
-    assert _asked_for(words.split()) == expected
+    assert request_of(words.split()).processes == expected
 
 
 # ------------------------------------------------------------------------------------------------------------ surroundings

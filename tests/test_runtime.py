@@ -115,6 +115,8 @@ def test_what_the_machine_does_not_have_is_refused(
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Else each of them would train alone, on the same data, and overwrite the others' checkpoints."""
     monkeypatch.setattr(runtime, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="the launcher started 2 processes, but Accelerate sees 1"):
         build_accelerator(TrainingConfig(device="cpu", cpu_threads=1), [], tmp_path)
