@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,16 +70,22 @@ def test_every_process_holds_its_share() -> None:
 
 
 def test_stopped_and_resumed_by_others(run_train: Train, dataset: Path, tmp_path: Path) -> None:
-    """fsdp2 of 2 processes, asked to stop; then zero2 of 2, saving in the background; then a process alone: one curve."""
+    """fsdp2 of 2 processes as a config file asks for it; stopped, zero2 of 2, saving beside; then a process alone: one curve."""
     run_dir = tmp_path / "run"
     often = ("--eval_interval", "4", "--sample_interval", "5", "--sample_tokens", "8")
-    process = start(launch(words(dataset, run_dir, 2, "fsdp2", *often, "--max_iters", "100000"), 2))
+    asked = ["--config_file", "configs/accelerate/fsdp2.yaml", "--num_processes", "2", "-m", "accel_pretrain.train"]
+    run = words(dataset, run_dir, 2, "null", *often, "--max_iters", "100000")
+    process = start([sys.executable, "-m", "accelerate.commands.launch", *asked, *run], tmp_path / "log")
     until(lambda: updates(run_dir) >= 6, process)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=30)
     stopped = saved_step(run_dir)
     assert updates(run_dir) == stopped == status(run_dir)["step"] >= 6
     assert status(run_dir)["state"] == "interrupted"
+    assert (
+        "Processes: 2 | Precision: fp32 (from the config) | Sharded: fsdp2 (from the launcher)"
+        in (tmp_path / "log").read_text()
+    )
     assert json.loads((run_dir / "samples.jsonl").read_text().splitlines()[0])["step"] == 5
     background = ("--asynchronous", "true", "--checkpoint_interval", "2", "--batch_size", "2")
     told = train(dataset, run_dir, 2, "zero2", "--max_iters", str(stopped + 5), *background)
