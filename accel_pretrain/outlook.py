@@ -156,7 +156,8 @@ def workload(config: RunConfig, plan: Plan, device: str) -> Workload:
     moments = int(optimizer.momentum > 0) if isinstance(optimizer, SGD) else 2
     return Workload(
         model=config.model, vocab_size=plan.vocab_size, batch_size=plan.batch_size, accumulation=plan.accumulation,
-        precision=precision_of(config, device), device="cpu" if device == "cpu" else "cuda", compiled=bool(config.training.compile),
+        precision=precision_of(config, device), device="cpu" if device == "cpu" else "cuda",
+        compiled=bool(config.training.compile),
         moments=moments, strategy=config.parallel.strategy or "ddp", world_size=plan.world_size,
     )  # fmt: skip
 

@@ -70,7 +70,7 @@ def test_every_process_holds_its_share() -> None:
 
 
 def test_stopped_and_resumed_by_others(run_train: Train, dataset: Path, tmp_path: Path) -> None:
-    """fsdp2 of 2 processes as a config file asks for it; stopped, zero2 of 2, saving beside; then a process alone: one curve."""
+    """fsdp2 of 2 processes as a config file asks for it; stopped; zero2 of 2, saving beside; a process alone: one curve."""
     run_dir = tmp_path / "run"
     often = ("--eval_interval", "4", "--sample_interval", "5", "--sample_tokens", "8")
     asked = ["--config_file", "configs/accelerate/fsdp2.yaml", "--num_processes", "2", "-m", "accel_pretrain.train"]
