@@ -94,6 +94,7 @@ class Workload:
     moments: int = 2  # float32 numbers that the optimizer keeps per parameter
     strategy: str = "ddp"  # ddp, zero2, fsdp2
     world_size: int = 1
+    checkpointing: str = "none"  # none, selective or full: training.activation_checkpointing
 
     @property
     def tokens(self) -> int:
@@ -185,6 +186,24 @@ def kept_by_block(load: Workload, layer: int) -> int:
     return N * (norms + inputs + attention + ff_inputs + feed_forward + masks) + once
 
 
+def left_of_block(load: Workload, layer: int) -> int:
+    """What the block number ``layer`` keeps from the forward to the backward pass when it is computed again there.
+
+    Its input; ``selective`` also what linear layers and fused attention give.
+    """
+    model, a, N = load.model, load.width, load.tokens
+    if load.checkpointing == "none":
+        return kept_by_block(load, layer)
+    kept = model.d_model * FP32
+    if load.checkpointing == "selective":
+        HE, GE = model.num_heads * model.head_width, model.kv_heads * model.head_width
+        kept += (HE + 2 * GE + 2 * model.d_model + (2 if model.is_gated else 1) * model.ff_width) * a
+        kept += model.kv_heads * a if model.embeds_values(layer) else 0
+        if model.attention_softcap is None and not model.dropout:
+            kept += HE * a + (0 if load.own_attention else FP32 * model.num_heads)
+    return N * kept
+
+
 def kept_outside_blocks(load: Workload) -> int:
     """Bytes that are kept before the first block and after the last, but for the logits: ids, targets, the last norm."""
     model, D, N = load.model, load.model.d_model, load.tokens
@@ -194,7 +213,7 @@ def kept_outside_blocks(load: Workload) -> int:
 
 def activations(load: Workload) -> int:
     """Bytes that the forward pass of one micro-batch leaves for the backward pass, without logits and weight copies."""
-    return sum(kept_by_block(load, layer) for layer in range(load.model.num_layers)) + kept_outside_blocks(load)
+    return sum(left_of_block(load, layer) for layer in range(load.model.num_layers)) + kept_outside_blocks(load)
 
 
 def logits(load: Workload) -> int:
@@ -237,8 +256,9 @@ def memory(load: Workload) -> Memory:
 
     Three moments can be it: the loss (all activations and three times the logits, or a chunk of them and the gradients at the
     output), the output matrix's gradient (all activations, one gradient of the logits, and that matrix's), and the update (all
-    gradients). Gradients exist throughout where they are accumulated, beside the buckets of DDP, which stand from the first
-    update on; else they come as the activations go.
+    gradients); where blocks are computed again, also the moment when the last or the first block was. Gradients exist
+    throughout where they are accumulated, beside the buckets of DDP, which stand from the first update on; else they come as
+    the activations go.
     """
     shard = load.world_size if load.strategy != "ddp" else 1
     weights = FP32 * load.parameters
@@ -265,7 +285,26 @@ def memory(load: Workload) -> Memory:
         Memory("the gradient of the output", {**standing, "gradients": early + max(known, output), **forward, "logits": head}),
         Memory("the end of the backward pass", {**standing, "gradients": gradients + again}),
     ]
+    if load.checkpointing != "none":
+        beneath = gradients if early or load.world_size > 1 else gradients - FP32 * _matrices_of_block(load)
+        last = {"gradients": early + max(known, output), "activations": kept, "a block again": computed_again(load, -1)}
+        first = {"gradients": beneath, "activations": left_of_block(load, 0), "a block again": computed_again(load, 0)}
+        moments.append(Memory("the last block, computed again", {**standing, **last}))
+        moments.append(Memory("the first block, computed again", {**standing, **first}))
     return max(moments, key=lambda moment: moment.total)
+
+
+def computed_again(load: Workload, layer: int) -> int:
+    """Bytes of all that a block keeps, but for what is left of it anyway; its weights' copies, and gradients on their way."""
+    layer %= load.model.num_layers
+    copies = 0 if load.width == FP32 else load.width * _matrices_of_block(load)
+    on_their_way = load.tokens * (load.model.d_model * FP32 + 2 * load.model.ff_width * load.width)
+    return kept_by_block(load, layer) - left_of_block(load, layer) + copies + on_their_way
+
+
+def _matrices_of_block(load: Workload) -> int:
+    groups = parameters(load.model, load.vocab_size)
+    return (groups["attention"] + groups["feed-forward"]) // load.model.num_layers
 
 
 def _gradients(load: Workload, weights: int) -> tuple[int, int]:

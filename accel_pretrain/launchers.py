@@ -137,14 +137,6 @@ def request_of(words: list[str]) -> Request:
     return Request(int(number) if number.isdigit() else 1, Path(file) if file else None, is_default, document)
 
 
-def sharding_asked_for() -> tuple[str | None, bool]:
-    """The strategy that ``accelerate launch --use_fsdp``, or its config file, asks for, and whether to use host memory."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
-        return None, False
-    whole = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
-    return "zero2" if whole else "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
-
-
 def machines() -> int:
     """How many machines the processes of this run are on, if all have as many as this one."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
@@ -175,3 +167,11 @@ def meeting() -> Iterator[None]:
 
 
 PATIENCE = 15.0  # seconds of waiting for other processes after which a person wants to know
+
+
+def sharding_asked_for() -> tuple[str | None, bool]:
+    """The strategy that ``accelerate launch --use_fsdp``, or its config file, asks for, and whether to use host memory."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return None, False
+    whole = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
+    return "zero2" if whole else "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"

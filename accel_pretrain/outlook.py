@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from accel_pretrain.checkpoint import read_model_config, resolve
 from accel_pretrain.cluster import StepTime, modelled_micro_step, optimizer_seconds, step_time
-from accel_pretrain.config import Plan, RunConfig, Splits, make_plan
+from accel_pretrain.config import Plan, RunConfig, Splits, make_plan, open_splits
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.estimates import Memory, Workload, checkpoint_bytes, flops_per_token, memory, parameters
 from accel_pretrain.hardware import CONTEXT_BYTES, Machine, free_disk
+from accel_pretrain.mixture import are_there
 from accel_pretrain.models import ModelConfig
 from accel_pretrain.optim import SGD
-from accel_pretrain.runtime import resolve_precision
+from accel_pretrain.runtime import resolve_precision, wants_compile
 from accel_pretrain.shards import TokenSplit
+from accel_pretrain.typed_yaml import CommandLine, Entry, load, to_plain
+
+T = TypeVar("T", bound=RunConfig)
 
 CHINCHILLA = 20  # tokens per parameter at the least compute for a loss (Hoffmann et al. 2022, table 3)
 HEAP = 1.5  # of what PyTorch asks for on a CPU, glibc may hold (1.2 to 1.47 in benchmarks.plan): its heap has holes
@@ -154,10 +160,11 @@ def workload(config: RunConfig, plan: Plan, device: str) -> Workload:
     """What one process of a run has to carry. What a launcher may ask for is not known here."""
     optimizer = config.optimizer
     moments = int(optimizer.momentum > 0) if isinstance(optimizer, SGD) else 2
+    flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
     return Workload(
         model=config.model, vocab_size=plan.vocab_size, batch_size=plan.batch_size, accumulation=plan.accumulation,
         precision=precision_of(config, device), device="cpu" if device == "cpu" else "cuda",
-        compiled=bool(config.training.compile),
+        compiled=wants_compile(config.training, flops, device), checkpointing=config.training.activation_checkpointing,
         moments=moments, strategy=config.parallel.strategy or "ddp", world_size=plan.world_size,
     )  # fmt: skip
 
@@ -166,6 +173,24 @@ def precision_of(config: RunConfig, device: str) -> str:
     """The precision on a device that may not be here: what the config or launcher says, else bf16 on a GPU."""
     chosen, source = resolve_precision(config.training, device == "cpu")
     return "bf16" if source == "device" and device == "cuda" else chosen
+
+
+def load_with_shape(cls: type[T], line: CommandLine) -> T:
+    """A config with more sections than a run's: defaults, then the shape of ``init_from``, the file, the overrides."""
+    config = load(cls, line.config, line.overrides)
+    if config.checkpoint.init_from is None:
+        return config
+    shape = read_model_config(resolve(config.checkpoint.init_from.expanduser())).resolved()
+    beneath = {f"model.{key}": Entry(value, str(config.checkpoint.init_from)) for key, value in to_plain(shape).items()}
+    return load(cls, line.config, line.overrides, beneath)
+
+
+def splits_of(config: RunConfig) -> Splits | None:
+    """The data, or None where it is not here and the config says enough without."""
+    given = config.data.train_data_path
+    if config.model.vocab_size is not None and (given is None or not are_there(given)):
+        return None
+    return None if given is None else open_splits(config.data)
 
 
 def look_ahead(

@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from accel_pretrain.checkpoint import read_model_config, resolve
 from accel_pretrain.cluster import bandwidth, step_time
-from accel_pretrain.config import RunConfig, Splits, open_splits
+from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import refuse, reported
 from accel_pretrain.estimates import seen_positions
 from accel_pretrain.files import write_whole
@@ -28,7 +27,6 @@ from accel_pretrain.hardware import HARDWARE, Machine, here
 from accel_pretrain.hindsight import PLAN_FILE
 from accel_pretrain.lint import findings
 from accel_pretrain.lint_settings import Finding
-from accel_pretrain.mixture import are_there
 from accel_pretrain.outlook import (
     CHINCHILLA,
     Outlook,
@@ -36,13 +34,15 @@ from accel_pretrain.outlook import (
     critical_batch,
     first_loss,
     groups,
+    load_with_shape,
     look_ahead,
+    splits_of,
     with_model_of,
     with_tokens_per_sec,
 )
 from accel_pretrain.probe import probe
 from accel_pretrain.runtime import runtime_of
-from accel_pretrain.typed_yaml import CommandLine, Entry, load, option, parse_command_line, reference, section, to_plain
+from accel_pretrain.typed_yaml import option, parse_command_line, reference, section
 
 USAGE = """\
 usage: python -m accel_pretrain.plan --config FILE [--section.key VALUE | --key VALUE | section.key=VALUE]...
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "help" in line.flags:
             print(USAGE + reference(PlannedRun), end="")
             return 0
-        outlook = plan_run(load_config(line))
+        outlook = plan_run(load_with_shape(PlannedRun, line))
         found = findings(outlook)
         text = json.dumps(as_json(outlook, found), indent=2)
         print(text if "json" in line.flags else as_text(outlook, found))
@@ -107,16 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_whole(folder / PLAN_FILE, f"{text}\n".encode())
         return 0
     return 2
-
-
-def load_config(line: CommandLine) -> PlannedRun:
-    """Defaults, then the shape of ``init_from``, the file, the overrides."""
-    config = load(PlannedRun, line.config, line.overrides)
-    if config.checkpoint.init_from is None:
-        return config
-    shape = read_model_config(resolve(config.checkpoint.init_from.expanduser())).resolved()
-    beneath = {f"model.{key}": Entry(value, str(config.checkpoint.init_from)) for key, value in to_plain(shape).items()}
-    return load(PlannedRun, line.config, line.overrides, beneath)
 
 
 def plan_run(config: PlannedRun) -> Outlook:
@@ -144,14 +134,6 @@ def machine_for(config: PlannedRun) -> Machine:
     return replace(
         machine, per_node=options.per_node, link=options.link or machine.link, network=options.network or machine.network
     )
-
-
-def splits_of(config: RunConfig) -> Splits | None:
-    """The data, or None where it is not here and the config says enough without."""
-    given = config.data.train_data_path
-    if config.model.vocab_size is not None and (given is None or not are_there(given)):
-        return None
-    return None if given is None else open_splits(config.data)
 
 
 def probed(outlook: Outlook, config: PlannedRun) -> Outlook:

@@ -85,7 +85,7 @@ def probe(
 def _gemm_rate(device: torch.device, precision: str, clock: Clock) -> float:
     """FLOP/s of a product of two square matrices: how much to try, nothing else follows from it."""
     a = torch.ones(_GEMM, _GEMM, device=device, dtype=torch.float32 if precision == "no" else torch.bfloat16)
-    once = _timer(device, lambda: a @ a, clock)
+    once = timer(device, lambda: a @ a, clock)
     once()
     return 2 * _GEMM**3 / min(once() for _ in range(2))
 
@@ -111,7 +111,7 @@ def _measure(
         built.step()
         built.zero_grad(set_to_none=True)
 
-    micro_timer, update_timer = _timer(device, micro_step, clock), _timer(device, update, clock)
+    micro_timer, update_timer = timer(device, micro_step, clock), timer(device, update, clock)
     _ = micro_timer(), update_timer()  # the first makes the optimizer's state and loads kernels
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
@@ -120,7 +120,7 @@ def _measure(
     return statistics.median(micro for micro, _ in times), statistics.median(rest for _, rest in times), len(times)
 
 
-def _timer(device: torch.device, work: Callable[[], object], clock: Clock) -> Callable[[], float]:
+def timer(device: torch.device, work: Callable[[], object], clock: Clock) -> Callable[[], float]:
     """``work`` as a function that says how many seconds it took, until the device is done."""
 
     def wait() -> None:

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from accel_pretrain.checkpoint import TrainState, read_state, restore
 from accel_pretrain.commit import checkpoints, find_newest, go_back, problem_with
 from accel_pretrain.data import numbers_of
-from accel_pretrain.errors import CheckpointError, DivergedError
+from accel_pretrain.errors import CheckpointError, DivergedError, PretrainError
 from accel_pretrain.files import write_whole
 from accel_pretrain.parallel import is_sharded, local
 from accel_pretrain.run import TrainingRun
@@ -35,6 +35,21 @@ def heed_alarm(run: TrainingRun, state: TrainState) -> None:
         run.log.line(str(spike) + (" (not applied)" if run.guard.on_spike != "log" else ""))
         metrics = {"step": spike.step, "loss": spike.loss, "grad_norm": spike.grad_norm, "sigmas": spike.sigmas}
         run.log.metrics(state.step, state.tokens, {f"spike/{name}": value for name, value in metrics.items()})
+
+
+def out_of_memory(run: TrainingRun, error: torch.OutOfMemoryError) -> PretrainError:
+    """The end of a run whose device is too small for its micro-batch: what to type so that it fits and the curve stays."""
+    plan, level = run.plan, run.config.training.activation_checkpointing
+    per_process = plan.samples_per_step // plan.world_size
+    smaller = max((size for size in range(1, plan.batch_size // 2 + 1) if per_process % size == 0), default=0)
+    words = [f"--batch_size {smaller} --global_batch_size {plan.samples_per_step}"] if smaller else []
+    if level != "full":
+        words.append(f"--activation_checkpointing {'full' if level == 'selective' else 'selective'}")
+    return PretrainError(
+        f"training.batch_size: {plan.batch_size} does not fit into the memory of {run.accelerator.device} "
+        f"({str(error).splitlines()[0]}); type {', or '.join(words) or 'a smaller model'}, or look for the fastest that fits: "
+        "python -m accel_pretrain.tune"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- going back

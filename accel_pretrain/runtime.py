@@ -7,6 +7,7 @@ result are described in the config file.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import warnings
@@ -30,6 +31,7 @@ from accelerate.utils import (
 from accel_pretrain.errors import ConfigError, refuse
 from accel_pretrain.launch_checks import launch_notices, refuse_missing_processes, settle_launch
 from accel_pretrain.launchers import launched, machines, meeting, meeting_place, sharding_asked_for
+from accel_pretrain.models.recompute import Level
 from accel_pretrain.parallel import ParallelConfig, build_plugin, insist, strategy_of
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
@@ -55,6 +57,11 @@ class TrainingConfig:
         None, "bf16: exchange gradients in half the bytes, which changes the curve a little; NVIDIA GPUs; null: float32"
     )
     compile: bool | None = option(None, "compile the blocks with torch.compile; null: in runs so long that it pays")
+    activation_checkpointing: Level = option(
+        "none", "less memory, more time. none | selective: keep products and attention of a block | full: only its input"
+    )
+    chunked_loss: bool = option(False, "on a GPU, logits and loss of some tokens at a time: less memory, a little slower")
+    tf32: bool = option(False, "on a GPU, products in float32 of inputs rounded to 10 bits: faster where mixed_precision is no")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: cuda, else mps, else cpu")
     cpu_threads: int | None = option(None, "threads per process on a CPU; null: the cores shared among the processes here")
     seed: int = option(42, "of the initial weights, the data order and dropout")
@@ -104,11 +111,16 @@ def build_accelerator(
     cpu = _use_cpu(training.device)
     settle_launch(cpu, gpus=0 if cpu else torch.cuda.device_count())
     precision, _ = resolve_precision(training, cpu)
-    refuse((precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"))
+    refuse(
+        (precision == "fp16" and cpu, "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16"),
+        (precision == "fp16" and training.chunked_loss, "training.chunked_loss: its gradients are too small for fp16"),
+    )
     if cpu:
         # Huge pages for large tensors, where Linux lets one ask for them. PyTorch looks when it makes its first tensor.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         torch.set_num_threads(_threads(training.cpu_threads))
+    else:
+        torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
     # Longer than the watchdog of any process waits, so that it is the one to say where a run hangs.
     timeout = timedelta(seconds=3 * (training.hang_timeout or 24 * 3600) + 60)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -141,6 +153,18 @@ def build_accelerator(
     return accelerator
 
 
+def ddp_settings(training: TrainingConfig, cpu: bool) -> DistributedDataParallelKwargs:
+    """How gradients are exchanged: out of DDP's buckets without a copy, in bfloat16 if that is asked for.
+
+    Rotary tables are buffers and equal everywhere: broadcasting them at every forward would only cost time.
+    """
+    half = training.gradient_compression == "bf16"
+    advice = "training.gradient_compression: needs NVIDIA GPUs (NCCL); type --gradient_compression null"
+    refuse((half and (cpu or not torch.cuda.is_available()), advice))
+    hook = DDPCommunicationHookType.BF16 if half else DDPCommunicationHookType.NO
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
+
+
 def _sharding(
     parallel: ParallelConfig, training: TrainingConfig, precision: str, processes: int, cpu: bool
 ) -> FullyShardedDataParallelPlugin | None:
@@ -166,18 +190,6 @@ def _sharding(
     offload = offload and not cpu  # where everything is in host memory already
     os.environ["FSDP_OFFLOAD_PARAMS"] = str(offload).lower()  # true: a process group that can talk about host memory too
     return build_plugin(strategy, precision, offload=offload)
-
-
-def ddp_settings(training: TrainingConfig, cpu: bool) -> DistributedDataParallelKwargs:
-    """How gradients are exchanged: out of DDP's buckets without a copy, in bfloat16 if that is asked for.
-
-    Rotary tables are buffers and equal everywhere: broadcasting them at every forward would only cost time.
-    """
-    half = training.gradient_compression == "bf16"
-    advice = "training.gradient_compression: needs NVIDIA GPUs (NCCL); type --gradient_compression null"
-    refuse((half and (cpu or not torch.cuda.is_available()), advice))
-    hook = DDPCommunicationHookType.BF16 if half else DDPCommunicationHookType.NO
-    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
 
 
 def _threads(wanted: int | None) -> int:
@@ -220,6 +232,11 @@ def runtime_of(training: TrainingConfig) -> tuple[bool, int]:
     return _use_cpu(training.device), _threads(training.cpu_threads)
 
 
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "accel_pretrain"
+
+
 def wandb_knows_me() -> bool:
     """Whether wandb will find a key, or was told to work offline."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE", "online") != "online":
@@ -237,10 +254,14 @@ def _cpu_has_bf16() -> bool:
 _COMPILE_FROM_FLOPS = {"cpu": 1e15, "cuda": 1e17}
 
 
+def wants_compile(training: TrainingConfig, flops: float, kind: str) -> bool:
+    """Whether a process that computes so much, on a device of this kind, is to compile; a compiler may still be missing."""
+    return training.compile if training.compile is not None else flops >= _COMPILE_FROM_FLOPS.get(kind, math.inf)
+
+
 def resolve_compile(training: TrainingConfig, flops: float, device: torch.device) -> tuple[bool, str | None]:
     """Whether to compile, and a notice about it. A function of the config, not of the clock: a resumed run does the same."""
-    wanted = training.compile if training.compile is not None else flops >= _COMPILE_FROM_FLOPS.get(device.type, math.inf)
-    if not wanted:
+    if not wants_compile(training, flops, device.type):
         return False, None
     from torch._inductor import cpp_builder, exc  # takes seconds
 
@@ -251,8 +272,19 @@ def resolve_compile(training: TrainingConfig, flops: float, device: torch.device
     return True, "the first update compiles the model's blocks; --compile false leaves that out"
 
 
+@contextlib.contextmanager
+def few_collections() -> Iterator[None]:
+    """Keep what exists now, some 10^5 objects, out of Python's garbage collections: each would take 0.2 s, now and then."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def describe_runtime(accelerator: Accelerator, training: TrainingConfig, parallel: ParallelConfig) -> str:
-    """One line: device, processes and what each holds, precision, and who chose it; and one for each thing to think about."""
+    """One line: device, processes and what each of several holds, precision; and who chose it. One more for each remark."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     precision, source = resolve_precision(training, device.type == "cpu")
@@ -260,12 +292,11 @@ def describe_runtime(accelerator: Accelerator, training: TrainingConfig, paralle
     spread = f" on {count} machines" if (count := machines()) > 1 else ""
     processes = f"Processes: {accelerator.num_processes}{spread}"
     line = f"Device: {device} ({name}) | {processes} | Precision: {shown} (from the {source})"
-    found = launch_notices()
     if accelerator.is_fsdp2:
         line += f" | Sharded: {strategy_of(accelerator)} (from the {'config' if parallel.strategy else 'launcher'})"
-    elif parallel.strategy in ("zero2", "fsdp2"):
-        found.append(f"parallel.strategy {parallel.strategy}: one process holds everything")
-    return "\n".join([line, *(f"Notice: {notice}" for notice in found)])
+    elif parallel.strategy in ("zero2", "fsdp2") and accelerator.num_processes == 1:
+        line += f" | Not sharded: {parallel.strategy} needs more than one process"
+    return "\n".join([line, *(f"Notice: {notice}" for notice in launch_notices())])
 
 
 def seed_everything(seed: int) -> None:

@@ -38,8 +38,16 @@ from accel_pretrain.machines import refuse_differences, refuse_other_folders
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.parallel import build_model, fill, prepare
 from accel_pretrain.peers import Peers
+from accel_pretrain.recovery import out_of_memory
 from accel_pretrain.run import TrainingRun
-from accel_pretrain.runtime import build_accelerator, describe_runtime, resolve_compile, seed_everything, together
+from accel_pretrain.runtime import (
+    build_accelerator,
+    describe_runtime,
+    few_collections,
+    resolve_compile,
+    seed_everything,
+    together,
+)
 from accel_pretrain.saver import Saver
 from accel_pretrain.session import Session, session, watched
 from accel_pretrain.stopping import follow_the_launcher
@@ -150,7 +158,10 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
             run, state = assemble(config, plan, splits, accelerator, around)
             around.afterwards.callback(around.close, run.log)
             try:
-                fit(run, state)
+                with few_collections():
+                    fit(run, state)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(run, error) from None
             finally:
                 with watchdog.phase("save"):
                     run.saver.close()
@@ -176,6 +187,8 @@ def assemble(
     state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
     flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
     compiled, notice = resolve_compile(config.training, flops, accelerator.device)
+    module.recompute(config.training.activation_checkpointing)
+    module.chunked_loss = config.training.chunked_loss
     if compiled:
         module.compile_parts()
     with together(accelerator, PretrainError):

@@ -44,6 +44,7 @@ class Work:
     bf16: bool
     compiled: bool
     nanogpt: Path | None = None
+    device: torch.device = torch.device("cpu")
 
     def batches(self) -> list[torch.Tensor]:
         """Token ids (B, T + 1), with some structure to learn."""
@@ -57,7 +58,7 @@ class Work:
         return dict(Transformer(self.model, self.model.vocab_size or 0).state_dict())
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        return torch.autocast("cpu", torch.bfloat16) if self.bf16 else contextlib.nullcontext()  # type: ignore[return-value]
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()  # type: ignore[return-value]
 
 
 class _Given:
@@ -94,6 +95,7 @@ def ours(work: Work) -> Iterator[float]:
         run, state = dataclasses.replace(run, batches=_Given(work)), TrainState()  # type: ignore[arg-type]
         while True:
             update = train_step(run, state)
+            assert update is not None
             state.step, state.samples = state.step + 1, state.samples + work.batch_size
             yield update.loss.item()
 
@@ -135,10 +137,11 @@ def nanogpt(work: Work) -> Iterator[float]:
     missing, unexpected = model.load_state_dict(gpt2_weights(work, conv1d=False), strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
+    model.to(work.device)
     optimizer = model.configure_optimizers(DECAY, LR, BETAS, "cuda")
     if work.compiled:
         model = torch.compile(model)
-    for ids_BS in itertools.cycle(work.batches()):
+    for ids_BS in itertools.cycle([ids_BS.to(work.device) for ids_BS in work.batches()]):
         with work.autocast():
             _, loss = model(ids_BS[:, :-1], ids_BS[:, 1:].contiguous())
         loss.backward()

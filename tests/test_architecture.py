@@ -39,8 +39,8 @@ LEVELS = (
     ),
     ("generate", "validation", "hindsight"),
     ("config", "outlook", "lint_settings", "lint_run", "lint"),
-    ("run", "recovery", "loop", "harness", "proofs"),
-    ("train", "evaluate", "sample", "plan", "doctor", "hf", "plot", "report"),
+    ("run", "recovery", "loop", "harness", "proofs", "trial", "ladder"),
+    ("train", "evaluate", "sample", "plan", "tune", "doctor", "hf", "plot", "report"),
 )
 TORCH_FREE = {*LEVELS[0], *LEVELS[1]}
 ACCELERATE_FREE = TORCH_FREE | set(LEVELS[2])

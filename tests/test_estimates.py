@@ -154,6 +154,7 @@ def test_activations_are_what_autograd_keeps(name: str, precision: str):
 def peak_of_allocator(load: Workload) -> int:
     """The most bytes that PyTorch had allocated during two updates, parameters and tables included."""
     module = new_model(load.model) if load.vocab_size == VOCAB else Transformer(load.model, load.vocab_size)
+    module.recompute(load.checkpointing)  # type: ignore[arg-type]
     optimizer = AdamW().build(module)
     standing = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     batch = torch.randint(load.vocab_size, (load.batch_size, load.model.context_length + 1))

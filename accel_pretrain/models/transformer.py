@@ -19,12 +19,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from accel_pretrain.loss import next_token_loss
-from accel_pretrain.models import cpu_loss
+from accel_pretrain.models import cpu_loss, head_loss
 from accel_pretrain.models.attention import Attention, View, visible
 from accel_pretrain.models.config import ModelConfig
 from accel_pretrain.models.kv_cache import KVCache
 from accel_pretrain.models.norm import build_norm
 from accel_pretrain.models.precision import for_products
+from accel_pretrain.models.recompute import Level, checkpointed
 from accel_pretrain.models.rope import rope_table
 
 
@@ -85,8 +86,14 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.mlp_out_norm = build_norm(config) if config.sandwich_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
+        self.checkpointing: Level = "none"
 
     def forward(self, x_BTD: torch.Tensor, tokens_BT: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._forward(x_BTD, tokens_BT, view, cache)
+        return checkpointed(self._forward, self.checkpointing, self.dropout.p, x_BTD, tokens_BT, view, cache)
+
+    def _forward(self, x_BTD: torch.Tensor, tokens_BT: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
         attended_BTD = self.self_attn(self.input_layernorm(x_BTD), tokens_BT, view, cache)
         x_BTD = x_BTD + self.dropout(self.attn_out_norm(attended_BTD))
         return x_BTD + self.dropout(self.mlp_out_norm(self.mlp(self.post_attention_layernorm(x_BTD))))
@@ -107,6 +114,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size, self.compiled = config, vocab_size, False
+        self.chunked_loss = False  # see head_loss
         self.embed_tokens = TokenEmbedding(vocab_size, config.d_model, tied=config.tie_embeddings)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.context_length, config.d_model)
@@ -126,10 +134,15 @@ class Transformer(nn.Module):
             self.register_buffer("sliding_rope", rope_table(self.config, sliding=True) if own else None, persistent=False)
 
     def compile_parts(self) -> None:
-        """Compile each block, and the loss, in place: parameter names stay, and DDP still overlaps its communication."""
+        """Compile the blocks, and the loss, in place: parameter names stay, and DDP still overlaps its communication.
+
+        On a GPU the compiled loss makes no float32 copy of the logits.
+        """
         self.compiled = True
         for layer in self.layers:
             layer.compile()
+        if self.output_matrix.device.type != "cpu":
+            self._loss = torch.compile(self._loss)
 
     def init_weights(self) -> None:
         """Set every parameter from the global random state, by this table (GPT-2's rules, Radford et al. 2019, section 2.3).
@@ -197,12 +210,20 @@ class Transformer(nn.Module):
         if last_only:
             x_BTD = x_BTD[:, -1:]
         x_BTD = for_products(self.norm(x_BTD))
-        if targets_BT is not None and cpu_loss.fits(x_BTD, self.vocab_size):
+        if targets_BT is None:
+            return self._logits(x_BTD)
+        if cpu_loss.fits(x_BTD, self.vocab_size):
             return cpu_loss.head_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap, compiled=self.compiled)
-        logits_BTV = self.unembed(x_BTD)
-        if config.logit_softcap is not None:
-            logits_BTV = config.logit_softcap * torch.tanh(logits_BTV / config.logit_softcap)
-        return logits_BTV if targets_BT is None else next_token_loss(logits_BTV, targets_BT)
+        if self.chunked_loss and torch.is_grad_enabled():
+            return head_loss.chunked_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
+        return self._loss(x_BTD, targets_BT)
+
+    def _loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        return next_token_loss(self._logits(x_BTD), targets_BT)
+
+    def _logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        logits_BTV, cap = self.unembed(x_BTD), self.config.logit_softcap
+        return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
 
     def unembed(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, before a soft cap, of what the last norm gives."""
@@ -239,6 +260,11 @@ class Transformer(nn.Module):
 
     def new_cache(self, capacity: int | None = None, padding_B: torch.Tensor | None = None) -> KVCache:
         return KVCache(self.config.num_layers, capacity or self.config.context_length, padding_B)
+
+    def recompute(self, level: Level) -> None:
+        """From now on compute (parts of) blocks again in the backward pass: :mod:`~accel_pretrain.models.recompute`."""
+        for layer in self.layers:
+            layer.checkpointing = level  # type: ignore[assignment]
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
