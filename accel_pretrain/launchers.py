@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from accelerate.commands.config.config_args import default_config_file
 
-from accel_pretrain.errors import PeerError, refuse
+from accel_pretrain.errors import PeerError
 
 
 def launched() -> bool:
@@ -171,9 +171,7 @@ PATIENCE = 15.0  # seconds of waiting for other processes after which a person w
 
 def sharding_asked_for() -> tuple[str | None, bool]:
     """The strategy that ``accelerate launch --use_fsdp``, or its config file, asks for, and whether to use host memory."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return None, False
-    version = os.environ.get("FSDP_VERSION", "1")
-    refuse((version != "2", f"accelerate launch asks for version {version} of FSDP; type --fsdp_version 2, or fsdp_version: 2"))
     whole = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
     return "zero2" if whole else "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"

@@ -126,7 +126,7 @@ def build_accelerator(
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset", category=UserWarning)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
-    plugin = _sharding(parallel or ParallelConfig(strategy="ddp"), precision, expected, cpu)
+    plugin = _sharding(parallel or ParallelConfig(strategy="ddp"), training, precision, expected, cpu)
     with meeting():
         accelerator = Accelerator(
             cpu=cpu,
@@ -165,7 +165,9 @@ def ddp_settings(training: TrainingConfig, cpu: bool, *, sharded: bool = False) 
     return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
 
 
-def _sharding(parallel: ParallelConfig, precision: str, processes: int, cpu: bool) -> FullyShardedDataParallelPlugin | None:
+def _sharding(
+    parallel: ParallelConfig, training: TrainingConfig, precision: str, processes: int, cpu: bool
+) -> FullyShardedDataParallelPlugin | None:
     """What Accelerate is to know about sharding; None where every process holds everything, as one alone does."""
     asked, asked_offload = sharding_asked_for() if parallel.strategy is None else (parallel.strategy, False)
     strategy = asked if asked is not None and processes > 1 else "ddp"
@@ -173,6 +175,10 @@ def _sharding(parallel: ParallelConfig, precision: str, processes: int, cpu: boo
     sharded = strategy != "ddp"
     refuse(
         (sharded and precision == "fp16", f"training.mixed_precision: {strategy} knows no fp16; type --mixed_precision bf16"),
+        (
+            sharded and training.gradient_compression is not None,
+            f"training.gradient_compression: {strategy} exchanges gradients in float32; type --gradient_compression null",
+        ),
         (
             bool(parallel.cpu_offload) and not sharded,
             "parallel.cpu_offload: needs --strategy fsdp2 or zero2, and more than one process",

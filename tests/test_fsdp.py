@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from accel_pretrain.checkpoint import load_model, read_state
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.parallel import ParallelConfig
-from accel_pretrain.runtime import _sharding
+from accel_pretrain.runtime import TrainingConfig, _sharding
 from tests.processes import leave_nothing_running, saved_step, start, status, until, updates  # noqa: F401
 from tests.running import (
     REPO,
@@ -69,16 +70,22 @@ def test_every_process_holds_its_share() -> None:
 
 
 def test_stopped_and_resumed_by_others(run_train: Train, dataset: Path, tmp_path: Path) -> None:
-    """fsdp2 of 2 processes, asked to stop; then zero2 of 2, saving in the background; then a process alone: one curve."""
+    """fsdp2 of 2 processes as a config file asks for it; stopped; zero2 of 2, saving beside; a process alone: one curve."""
     run_dir = tmp_path / "run"
     often = ("--eval_interval", "4", "--sample_interval", "5", "--sample_tokens", "8")
-    process = start(launch(words(dataset, run_dir, 2, "fsdp2", *often, "--max_iters", "100000"), 2))
+    asked = ["--config_file", "configs/accelerate/fsdp2.yaml", "--num_processes", "2", "-m", "accel_pretrain.train"]
+    run = words(dataset, run_dir, 2, "null", *often, "--max_iters", "100000")
+    process = start([sys.executable, "-m", "accelerate.commands.launch", *asked, *run], tmp_path / "log")
     until(lambda: updates(run_dir) >= 6, process)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=30)
     stopped = saved_step(run_dir)
     assert updates(run_dir) == stopped == status(run_dir)["step"] >= 6
     assert status(run_dir)["state"] == "interrupted"
+    assert (
+        "Processes: 2 | Precision: fp32 (from the config) | Sharded: fsdp2 (from the launcher)"
+        in (tmp_path / "log").read_text()
+    )
     assert json.loads((run_dir / "samples.jsonl").read_text().splitlines()[0])["step"] == 5
     background = ("--asynchronous", "true", "--checkpoint_interval", "2", "--batch_size", "2")
     told = train(dataset, run_dir, 2, "zero2", "--max_iters", str(stopped + 5), *background)
@@ -167,21 +174,24 @@ def test_what_cannot_be_is_refused(dataset: Path, tmp_path: Path, capsys: pytest
 
 def test_what_is_sharded_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")  # put back at the end
+    training, halved = TrainingConfig(), TrainingConfig(gradient_compression="bf16")
     for strategy, resharded in (("zero2", False), ("fsdp2", True)):
-        plugin = _sharding(ParallelConfig(strategy=strategy), "bf16", 2, cpu=True)  # type: ignore[arg-type]
+        plugin = _sharding(ParallelConfig(strategy=strategy), training, "bf16", 2, cpu=True)  # type: ignore[arg-type]
         assert plugin is not None
         assert plugin.reshard_after_forward is resharded
         assert plugin.mixed_precision_policy.reduce_dtype == torch.float32  # type: ignore[union-attr]
         with pytest.raises(ConfigError, match=f"{strategy} knows no fp16; type --mixed_precision bf16"):
-            _sharding(ParallelConfig(strategy=strategy), "fp16", 2, cpu=False)  # type: ignore[arg-type]
+            _sharding(ParallelConfig(strategy=strategy), training, "fp16", 2, cpu=False)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"{strategy} exchanges gradients in float32"):
+            _sharding(ParallelConfig(strategy=strategy), halved, "bf16", 2, cpu=False)  # type: ignore[arg-type]
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     for said, offloads in (("false", False), ("true", True)):
         monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", said)
-        asked = _sharding(ParallelConfig(), "no", 2, cpu=False)
+        asked = _sharding(ParallelConfig(), training, "no", 2, cpu=False)
         assert asked is not None
         assert isinstance(asked.cpu_offload, CPUOffloadPolicy) is offloads
-    assert _sharding(ParallelConfig(strategy="ddp"), "no", 2, cpu=True) is None  # the config has the last word
+    assert _sharding(ParallelConfig(strategy="ddp"), training, "no", 2, cpu=True) is None  # the config has the last word
     assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
@@ -191,8 +201,9 @@ def test_a_launcher_that_asks_for_the_old_fsdp_is_refused(
     from accel_pretrain.train import main
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
     asked = words(dataset, tmp_path / "run", 1, "null")
-    assert "version 1 of FSDP; type --fsdp_version 2" in refused(main, capsys, *asked)
+    assert "FSDP 1 is not supported" in refused(main, capsys, *asked)
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert main([*asked, "--max_iters", "1"]) == 0  # a process alone holds everything
     assert "Sharded" not in capsys.readouterr().out
