@@ -74,6 +74,7 @@ class TrainState:
     samples: int = 0
     tokens: int = 0
     best_val_loss: float | None = None
+    owes_evaluation: bool = False  # one was abandoned to save and leave
     health: Health = field(default_factory=Health)
 
 
@@ -87,7 +88,7 @@ def read_state(checkpoint: Path) -> TrainState:
         state = TrainState(
             step=int(document["step"]), samples=int(document["samples"]), tokens=int(document["tokens"]),
             best_val_loss=None if document["best_val_loss"] is None else float(document["best_val_loss"]),
-            health=Health.parse(document.get("health")),
+            owes_evaluation=document.get("owes_evaluation") is True, health=Health.parse(document.get("health")),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{checkpoint / STATE} is not as a run writes it ({error})") from None

@@ -45,6 +45,8 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
     config, plan = run.config, run.plan
     wanted = False  # whether a checkpoint is due
     run.watch.restart(state.step)
+    if state.owes_evaluation:
+        make_up_for_evaluation(run, state)
     run.watchdog.enter("first update")
     while state.step < plan.max_iters and not run.stop.agreed():
         update = train_step(run, state)
@@ -167,8 +169,10 @@ def evaluate(run: TrainingRun, state: TrainState, prefix: str) -> bool:
         with run.watchdog.phase("evaluation"):
             train, val = (_validate(run, which) for which in ("train", "val"))
     except Abandoned:
+        state.owes_evaluation = True
         run.log.line(f"Evaluation abandoned to save and leave\n{RULE}")
         return False
+    state.owes_evaluation = False
     improved = run.config.checkpoint.save_best and math.isfinite(val.loss)
     improved = improved and (state.best_val_loss is None or val.loss < state.best_val_loss)
     if improved:
@@ -186,6 +190,13 @@ def evaluate(run: TrainingRun, state: TrainState, prefix: str) -> bool:
     run.log.line(f"{line}\n{RULE}")
     run.log.metrics(state.step, state.tokens, metrics)
     return improved
+
+
+def make_up_for_evaluation(run: TrainingRun, state: TrainState) -> None:
+    """Evaluate where the run was left in the middle of that."""
+    best = evaluate(run, state, "final" if state.step == run.plan.max_iters else "eval")
+    if not state.owes_evaluation:
+        save(run, state, is_best=best)
 
 
 def _validate(run: TrainingRun, which: str) -> EvalResult:

@@ -46,6 +46,8 @@ TINY = [
     "1",
     "--mixed_precision",  # the same numbers on every processor
     "no",
+    "--compile",
+    "false",
 ]
 
 Train = Callable[..., int]

@@ -278,7 +278,7 @@ def test_a_tracker_that_hangs_does_not_keep_the_job_from_the_queue(dataset: Path
 
 
 def test_an_evaluation_is_abandoned(run_train: Train, tmp_path: Path, monkeypatch: Patch, capsys: Any) -> None:
-    """The signal comes in the fifth batch of a hundred; what was trained is saved, and nothing is measured."""
+    """The signal comes in the fifth batch of a hundred; what was trained is saved, and measured when the run goes on."""
     agreed, count = StopSignal.agreed, [0]
 
     def signalled(self: StopSignal) -> bool:
@@ -296,7 +296,9 @@ def test_an_evaluation_is_abandoned(run_train: Train, tmp_path: Path, monkeypatc
     assert not any("eval/val_loss" in row for row in rows(tmp_path))
     monkeypatch.setattr(StopSignal, "agreed", agreed)
     assert run_train(tmp_path, *settings, "--max_iters", "6") == 0
-    assert any("final/val_loss" in row for row in rows(tmp_path))
+    assert [row["step"] for row in rows(tmp_path) if "eval/val_loss" in row] == [5, 6]
+    assert run_train(tmp_path, *settings, "--max_iters", "6") == 0
+    assert [row["step"] for row in rows(tmp_path) if "eval/val_loss" in row] == [5, 6]  # and only once
 
 
 @pytest.mark.parametrize(("stopped", "code"), [(True, 143), (False, 6)])
