@@ -51,7 +51,9 @@ class TrainingConfig:
     epochs: float | None = option(None, "passes over the training data", aliases=("num_epochs",))
     grad_clip: float | None = option(1.0, "largest norm of the gradient; null: no clipping", aliases=("max_grad_norm",))
     mixed_precision: Literal["no", "bf16", "fp16", "float32", "bfloat16", "float16"] | None = option(
-        None, "no | bf16 | fp16; null: the launcher's, else bf16 where the GPU or CPU computes in it", aliases=("dtype",)
+        None,
+        "no | bf16 | fp16; null: what the launcher asks for, else bf16 where the GPU or CPU computes in it",
+        aliases=("dtype",),
     )
     gradient_compression: Literal["bf16"] | None = option(
         None, "bf16: exchange gradients in half the bytes, which changes the curve a little; NVIDIA GPUs; null: float32"
@@ -218,12 +220,15 @@ def _use_cpu(wanted: str) -> bool:
 
 
 def resolve_precision(training: TrainingConfig, cpu: bool) -> tuple[str, str]:
-    """The precision in Accelerate's words, and who decided it: the config, the launcher, or the device."""
+    """The precision in Accelerate's words, and who decided it: the config, the launcher, or the device.
+
+    ``accelerate launch`` exports ``no`` for everyone who has not said anything: that decides nothing.
+    """
     if training.mixed_precision is not None:
         return _PRECISIONS[training.mixed_precision], "config"
-    if launcher := os.environ.get("ACCELERATE_MIXED_PRECISION"):
+    if (launcher := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         return launcher, "launcher"
-    capable = _cpu_has_bf16() if cpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    capable = _cpu_has_bf16() if cpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return ("bf16" if capable else "no"), "device"
 
 

@@ -46,12 +46,12 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bfloat16", "fp16", "bf16 GPU", ("bf16", "config")),
         ("no", "bf16", "bf16 GPU", ("no", "config")),
         (None, "fp16", "bf16 GPU", ("fp16", "launcher")),
-        (None, "no", "bf16 GPU", ("no", "launcher")),
+        (None, "no", "bf16 GPU", ("bf16", "device")),
         (None, None, "bf16 GPU", ("bf16", "device")),
         (None, None, "old GPU", ("no", "device")),
         (None, None, "cpu", ("no", "device")),
         (None, None, "bf16 CPU", ("bf16", "device")),
-        (None, "no", "bf16 CPU", ("no", "launcher")),
+        (None, "no", "bf16 CPU", ("bf16", "device")),
         ("no", None, "bf16 CPU", ("no", "config")),
     ],
 )
@@ -61,7 +61,7 @@ def test_precision_is_the_configs_else_the_launchers_else_the_devices(
     if launcher is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device.endswith("GPU"))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: device == "bf16 GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: device == "bf16 GPU")
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: device == "bf16 CPU")
     assert resolve_precision(TrainingConfig(mixed_precision=wanted), cpu=not device.endswith("GPU")) == expected
