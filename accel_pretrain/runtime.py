@@ -52,7 +52,7 @@ class TrainingConfig:
     grad_clip: float | None = option(1.0, "largest norm of the gradient; null: no clipping", aliases=("max_grad_norm",))
     mixed_precision: Literal["no", "bf16", "fp16", "float32", "bfloat16", "float16"] | None = option(
         None,
-        "no | bf16 | fp16; null: what the launcher asks for, else bf16 where the GPU or CPU computes in it",
+        "no | bf16 | fp16; null: the launcher's if it asks for one, else bf16 where the device has it",
         aliases=("dtype",),
     )
     gradient_compression: Literal["bf16"] | None = option(
