@@ -124,7 +124,7 @@ def device(o: Outlook) -> Findings:
         yield Finding("batch_could_grow", text, f"type --batch_size {load.batch_size * times}{keep}", serious=False)
     if not load.compiled and o.plan.max_iters >= 10_000 and o.flops > 1e18:
         text = "training.compile false: compiling takes a minute and makes training 1.2 to 1.9 times as fast"
-        yield Finding("compile_off", text, "type --compile", serious=False)
+        yield Finding("compile_off", text, "type --compile true", serious=False)
 
 
 def space(o: Outlook) -> Findings:

@@ -24,7 +24,7 @@ class Leaf:
 
     @property
     def is_flag(self) -> bool:
-        return self.types[0] is bool
+        return self.types[0] is bool or set(typing.get_args(self.types[0])) == {bool, type(None)}
 
 
 def members_of(annotation: Any) -> tuple[type[Any], ...]:

@@ -124,7 +124,7 @@ def parse_command_line(
             continue
         follows = words[0] if words and not words[0].startswith("--") else None
         leaf = keys.find(name, value if equals else follows) if name != "config" else None
-        if isinstance(leaf, Leaf) and leaf.is_flag and not equals and (follows is None or not accepts(bool, follows)):
+        if isinstance(leaf, Leaf) and leaf.is_flag and not equals and (follows is None or not accepts(leaf.types[0], follows)):
             value = FLAG
         elif not equals and follows is None:
             problems.append(leaf if isinstance(leaf, str) else f"--{name}: a value must follow")

@@ -203,7 +203,7 @@ def test_a_launcher_that_asks_for_the_old_fsdp_is_refused(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     asked = words(dataset, tmp_path / "run", 1, "null")
-    assert "FSDP 1 is not supported" in refused(main, capsys, *asked)
+    assert "version 1 of FSDP; type --fsdp_version 2" in refused(main, capsys, *asked)
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert main([*asked, "--max_iters", "1"]) == 0  # a process alone holds everything
     assert "Sharded" not in capsys.readouterr().out

@@ -112,7 +112,7 @@ MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
     ("vocab_odd", f"{BIG} --vocab_size 50257", {"machine": GPU}),
     ("width_odd", f"{BIG} --d_ff 1365", {"machine": GPU}),
     ("batch_could_grow", f"{BIG} --batch_size 1 --gradient_accumulation_steps 64", {"machine": GPU}),
-    ("compile_off", f"{BIG} --max_iters 1000000", {"machine": GPU}),
+    ("compile_off", f"{BIG} --max_iters 1000000 --compile false", {"machine": GPU}),
     ("memory", BIG, {"machine": SMALL_GPU}),
     ("disk", BIG, {"disk_free": 10**9}),
     ("keep_one", f"{BIG} --keep_last 1 --save_best false", {}),

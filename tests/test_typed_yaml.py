@@ -288,7 +288,7 @@ def test_unknown_key_suggests_the_nearest_known_one(key: str, nearest: str, form
 
 
 def test_key_that_resembles_nothing_lists_the_sections():
-    sections = "checkpoint, data, evaluation, logging, model, optimizer, schedule, training"
+    sections = "checkpoint, data, evaluation, logging, model, optimizer, parallel, schedule, training"
     assert message(from_argv, "--qqqq", "1") == f"qqqq: there is no such key; the sections are {sections}"
 
 
@@ -612,3 +612,11 @@ def test_fuzz_control_sees_other_errors_and_empty_reports(broken: Exception):
 def test_what_a_run_could_not_read_back_is_refused():
     with pytest.raises(ConfigError, match="larger than 64 KiB"):
         load(RunConfig, None, [("logging.sample_prompts", Entry([f"prompt {number}" for number in range(5000)], "here"))])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["--compile"], True), (["--compile", "null"], None), (["--compile", "false"], False), (["--compile", "--lr", "1"], True)],
+)
+def test_a_boolean_that_may_be_null_stands_alone_too(words: list[str], expected: bool | None):
+    assert load(RunConfig, None, parse_command_line(RunConfig, words).overrides).training.compile is expected
