@@ -4,6 +4,8 @@
 #              thousands of deaths, power cuts, disk errors, damaged and malicious files (tests/faults): 10 to 20 minutes.
 #              Ends with one line of figures. A few of each kind are in make test; here are all: a test that is marked
 #              "faults" runs only here. Run it after a change of commit.py, publish.py, saver.py, checkpoint.py or lock.py
+# make test-slow
+#              what is the same at greater length, or the tenth of its kind: half an hour
 # make test-network
 #              several machines (network namespaces: Linux, root), links that are cut, launchers that shrink: two minutes.
 #              Run it after a change of launchers.py, launch_checks.py, machines.py, slurm.py or watchdog.py
@@ -24,7 +26,7 @@ else
   DEV := .venv/.installed-dev
 endif
 
-.PHONY: demo test test-faults test-network lint clean .active-demo .active-dev
+.PHONY: demo test test-faults test-slow test-network lint clean .active-demo .active-dev
 
 demo: $(DEMO)
 	$(PY) -m prep.tokenize --demo -o data/demo
@@ -38,6 +40,9 @@ test: lint
 
 test-faults: $(DEV)
 	$(PY) -m pytest -m "faults or controls" tests/faults --durations 15
+
+test-slow: $(DEV)
+	$(PY) -m pytest -m slow --durations 15
 
 test-network: $(DEV)
 	$(PY) -m pytest -m network tests/test_launch.py tests/test_multinode.py --durations 15

@@ -282,17 +282,17 @@ def test_models_have_the_same_loss_and_gradients(config: ModelConfig, dtype: tor
         assert error(quick[1:], plain[1:]) > 0
 
 
-def test_the_compiled_loss_is_the_same_and_wrong_targets_are_seen(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("softcap", [3.0, pytest.param(None, marks=pytest.mark.slow)])
+def test_the_compiled_loss_is_the_same_and_wrong_targets_are_seen(monkeypatch: pytest.MonkeyPatch, softcap: float | None):
     monkeypatch.setattr(cpu_loss, "CACHE_BYTES", 4 * V * 5)  # 24 tokens: four pieces of five, and one that is not compiled
     inputs, targets_BT = loss_inputs()
     targets_BT[0, 0] = IGNORE
     counts_B = torch.full((B,), 0.5)
-    for softcap in (None, 3.0):
-        plain = out_and_grads(lambda x, w, c=softcap: cpu_loss.head_loss(x, w, targets_BT, c), inputs, counts_B)
-        found = out_and_grads(lambda x, w, c=softcap: cpu_loss.head_loss(x, w, targets_BT, c, compiled=True), inputs, counts_B)
-        for one, other in zip(found, plain, strict=True):
-            assert error([one], [other]) < 1e-6
-        wrong = out_and_grads(
-            lambda x, w, c=softcap: cpu_loss.head_loss(x, w, targets_BT.roll(1), c, compiled=True), inputs, counts_B
-        )
-        assert error(wrong, plain) > 1e-2
+
+    def result(targets_BT: torch.Tensor, compiled: bool) -> list[torch.Tensor]:
+        return out_and_grads(lambda x, w: cpu_loss.head_loss(x, w, targets_BT, softcap, compiled=compiled), inputs, counts_B)
+
+    plain, found = result(targets_BT, False), result(targets_BT, True)
+    for one, other in zip(found, plain, strict=True):
+        assert error([one], [other]) < 1e-6
+    assert error(result(targets_BT.roll(1), True), plain) > 1e-2

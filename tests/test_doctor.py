@@ -67,6 +67,7 @@ def test_what_is_wrong_with_a_machine_is_a_problem(capsys: Capture, monkeypatch:
     assert re.search(r"tiktoken's cache +PROBLEM", shown)
 
 
+@pytest.mark.slow
 def test_all_proofs_hold(dataset: Path, tmp_path: Path) -> None:
     """As a person would: the command, in a process of its own, on a config that needs to be made smaller."""
     words = ["--dropout", "0.1", "--num_layers", "3", "--d_model", "1024", "--num_heads", "16", "--num_kv_heads", "8"]
@@ -114,7 +115,7 @@ def test_control_data_in_another_order_after_a_restart_fails(
         runs.prove_resume()
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_control_two_processes_with_data_of_their_own_fail(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -126,7 +127,7 @@ def test_control_two_processes_with_data_of_their_own_fail(
     assert "apart" in results[-1].seen
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_control_damage_that_nobody_looks_for_fails(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = 'import sys\nif "accel_pretrain.train" in sys.orig_argv:\n'

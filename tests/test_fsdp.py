@@ -107,7 +107,7 @@ def test_stopped_and_resumed_by_others(run_train: Train, dataset: Path, tmp_path
     assert load_model(run_dir).num_parameters() > 0
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_compiled_blocks(run_train: Train, dataset: Path, tmp_path: Path) -> None:
     """Blocks that are compiled in place, inside what gathers their weights."""
     curve = reference(run_train, dataset, tmp_path / "alone", "--max_iters", "6")
@@ -117,7 +117,7 @@ def test_compiled_blocks(run_train: Train, dataset: Path, tmp_path: Path) -> Non
         np.testing.assert_allclose(losses(tmp_path / strategy), curve, rtol=1e-5)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_36_pairs_of_writers_and_readers(run_train: Train, dataset: Path, tmp_path: Path) -> None:
     """A checkpoint of {1, 2, 4} processes x {ddp, fsdp2} goes on with every other, on the curve; a wrong seed does not."""
@@ -138,7 +138,7 @@ def test_36_pairs_of_writers_and_readers(run_train: Train, dataset: Path, tmp_pa
     assert np.abs(np.array(other) / np.array(curve) - 1).max() > 1e-3
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
 @pytest.mark.parametrize("micro_batch", [1, 2])
@@ -150,7 +150,7 @@ def test_the_curve_does_not_depend_on_who_holds_what(
     np.testing.assert_allclose(losses(tmp_path / "run"), curve, rtol=1e-6 if strategy == "ddp" else 1e-5)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_sharded_run_rolls_back(run_train: Train, tmp_path: Path, poisoned: tuple[str, ...]) -> None:  # noqa: F811
     common = [*poisoned, "--on_spike", "rollback", "--rollback_updates", "10", "--global_batch_size", "4", "--batch_size", "2"]
     common += ["--sample_interval", "119", "--eval_interval", "119"]  # which leave weights whole that the rollback changes

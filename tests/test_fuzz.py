@@ -176,7 +176,7 @@ def checks(places: dict[str, Path]) -> dict[str, tuple[st.SearchStrategy[Any], C
 KINDS = ("yaml", "configs", "overrides", "dataset", "checkpoint", "state", "model", "metrics")
 
 
-@pytest.mark.parametrize("examples", [400, pytest.param(12_500, marks=[pytest.mark.faults, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("examples", [400, pytest.param(12_500, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fuzz(kind: str, examples: int, places: dict[str, Path], run_train: Train) -> None:
     if not places["run"].exists():

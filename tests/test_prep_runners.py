@@ -163,6 +163,7 @@ prep.engines.TiktokenEngine.encode = dying
 """
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_ray_process_that_dies_is_retried(corpus: Path, expected: Path, tmp_path: Path) -> None:
     """Every process that Python starts loads the fault: the first one to encode a certain document dies, the next one not."""
@@ -176,6 +177,7 @@ def test_a_ray_process_that_dies_is_retried(corpus: Path, expected: Path, tmp_pa
     assert_same_files(expected, tmp_path / "out")
 
 
+@pytest.mark.slow
 @needs_ray
 def test_an_error_in_a_ray_task_is_the_error_of_the_run(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", stories(100))

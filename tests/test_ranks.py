@@ -65,7 +65,7 @@ def test_ranks_save_and_leave_when_their_launcher_is_killed(dataset: Path, tmp_p
     launcher_dies(dataset, tmp_path / "run", launcher)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate", "accelerate 2", "torchrun 2"])
 def test_launchers_killed_again_and_again(dataset: Path, tmp_path: Path, launcher: str) -> None:
     for trial in range(3):
@@ -98,7 +98,7 @@ def test_a_killed_main_process_is_no_running_run(dataset: Path, tmp_path: Path) 
     assert "was killed" in said["reason"]
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate 2", "torchrun 2"])
 def test_killed_ranks_are_restarted_to_the_same_bits(dataset: Path, tmp_path: Path, launcher: str) -> None:
     """Ten times each, at random moments."""
@@ -115,7 +115,7 @@ def test_killed_ranks_are_restarted_to_the_same_bits(dataset: Path, tmp_path: Pa
         assert_same_bits(newest(tmp_path / "whole"), newest(run_dir))
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["raise", "exit", "kill"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_alone_ends_all(dataset: Path, tmp_path: Path, fault: str, rank: int) -> None:

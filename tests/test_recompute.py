@@ -84,6 +84,7 @@ def compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_compiled_in_place(caplog: pytest.LogCaptureFixture):
     """In float32; in bfloat16 the compiler rounds at other places for every choice of what to keep."""

@@ -387,7 +387,7 @@ def test_two_processes_drop_the_same_slow_update(dataset: Path, tmp_path: Path) 
 # --------------------------------------------------------------------------------------------------------------- repeats
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("number", [INT, TERM, USR1])
 def test_no_update_is_lost_at_any_moment(dataset: Path, tmp_path: Path, launcher: str, number: signal.Signals) -> None:
