@@ -11,6 +11,7 @@ import numpy as np
 
 from accel_pretrain.checkpoint import read_model_config, resolve
 from accel_pretrain.cluster import StepTime, modelled_micro_step, optimizer_seconds, step_time
+from accel_pretrain.compiling import wants_compile
 from accel_pretrain.config import Plan, RunConfig, Splits, make_plan, open_splits
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import ConfigError
@@ -19,7 +20,7 @@ from accel_pretrain.hardware import CONTEXT_BYTES, Machine, free_disk
 from accel_pretrain.mixture import are_there
 from accel_pretrain.models import ModelConfig
 from accel_pretrain.optim import SGD
-from accel_pretrain.runtime import resolve_precision, wants_compile
+from accel_pretrain.runtime import resolve_precision
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.typed_yaml import CommandLine, Entry, load, to_plain
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -253,28 +252,6 @@ def wandb_knows_me() -> bool:
 def _cpu_has_bf16() -> bool:
     """Whether there are instructions for products in bfloat16; where there are none, it is slower than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-# Floating-point operations of a process from which compiling pays: about ten minutes of two cores, or of one GPU.
-_COMPILE_FROM_FLOPS = {"cpu": 1e15, "cuda": 1e17}
-
-
-def wants_compile(training: TrainingConfig, flops: float, kind: str) -> bool:
-    """Whether a process that computes so much, on a device of this kind, is to compile; a compiler may still be missing."""
-    return training.compile if training.compile is not None else flops >= _COMPILE_FROM_FLOPS.get(kind, math.inf)
-
-
-def resolve_compile(training: TrainingConfig, flops: float, device: torch.device) -> tuple[bool, str | None]:
-    """Whether to compile, and a notice about it. A function of the config, not of the clock: a resumed run does the same."""
-    if not wants_compile(training, flops, device.type):
-        return False, None
-    from torch._inductor import cpp_builder, exc  # takes seconds
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, RuntimeError):  # the second on Windows
-        return False, "not compiled: torch.compile needs a C++ compiler, such as g++, and found none"
-    return True, "the first update compiles the model's blocks; --compile false leaves that out"
 
 
 @contextlib.contextmanager

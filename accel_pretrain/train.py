@@ -24,6 +24,7 @@ from accel_pretrain.checkpoint import (
     restore,
 )
 from accel_pretrain.commit import find_newest, go_back, resolve, sweep
+from accel_pretrain.compiling import resolve_compile
 from accel_pretrain.config import Plan, RunConfig, Splits, flat, make_plan, open_splits, told
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
@@ -43,7 +44,6 @@ from accel_pretrain.runtime import (
     build_accelerator,
     describe_runtime,
     few_collections,
-    resolve_compile,
     seed_everything,
     together,
 )

@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 
 from accel_pretrain.checkpoint import TrainState
+from accel_pretrain.compiling import resolve_compile
 from accel_pretrain.config import Plan, RunConfig, Splits, make_plan
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.files import write_whole
@@ -32,7 +33,7 @@ from accel_pretrain.loop import train_step
 from accel_pretrain.parallel import ParallelConfig, build_model, fill, prepare
 from accel_pretrain.probe import timer
 from accel_pretrain.run import TrainingRun
-from accel_pretrain.runtime import build_accelerator, resolve_compile, seed_everything
+from accel_pretrain.runtime import build_accelerator, seed_everything
 from accel_pretrain.saver import Saver
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.stopping import StopSignal

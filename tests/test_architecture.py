@@ -22,6 +22,7 @@ LEVELS = (
     (
         "slurm",
         "launchers",
+        "compiling",
         "launch_checks",
         "runtime",
         "stopping",

@@ -196,11 +196,30 @@ def test_loss_can_be_differentiated_twice_over_and_leaves_what_it_gave_alone():
     torch.testing.assert_close(second, 2 * kept)
 
 
-def test_loss_without_gradients_is_the_same():
+def test_loss_without_gradients_is_the_same_and_computes_none(monkeypatch: pytest.MonkeyPatch):
     (x, weight), targets_BT = loss_inputs()
+    weight.requires_grad_()
+    chunked, wanted = cpu_loss._chunked, []
+    monkeypatch.setattr(cpu_loss, "_chunked", lambda *words: wanted.append(words[-1]) or chunked(*words))
     with torch.no_grad():
         nats_B = cpu_loss.head_loss(x, weight, targets_BT, None)
-    assert torch.equal(nats_B, cpu_loss.head_loss(x, weight.requires_grad_(), targets_BT, None))
+    assert torch.equal(nats_B, cpu_loss.head_loss(x, weight, targets_BT, None))
+    assert wanted == [False, True]
+
+
+def test_a_second_derivative_is_refused():
+    norm, x = RMSNorm(8, 1e-6, "rmsnorm"), randn(2, 8).requires_grad_()
+    (grad,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_window_as_long_as_the_text_is_none():
+    config = ModelConfig(
+        vocab_size=64, context_length=32, d_model=32, num_layers=2, num_heads=2, d_ff=64, sliding_window=16, window_pattern="S"
+    )
+    model, tokens_BT = Transformer(config, 64), torch.zeros(1, 32, dtype=torch.long)
+    assert [model._look(tokens_BT[:, :T], None)[1][1].window for T in (8, 16, 17)] == [None, None, 16]
 
 
 # ---------------------------------------------------------------------------------------------------------- norm, rotation

@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
-from accel_pretrain import launchers, runtime
+from accel_pretrain import compiling, launchers, runtime
 from accel_pretrain.commit import problem_with
+from accel_pretrain.compiling import resolve_compile
 from accel_pretrain.errors import CheckpointError, ConfigError
 from accel_pretrain.runtime import (
     TrainingConfig,
     _threads,
     all_agree,
     build_accelerator,
-    resolve_compile,
     resolve_precision,
     seed_dropout,
     together,
@@ -82,16 +83,31 @@ def test_precision_is_the_configs_else_the_launchers_else_the_devices(
 def test_runs_are_compiled_where_it_pays_or_where_one_says_so(
     monkeypatch: pytest.MonkeyPatch, wanted: bool | None, device: str, flops: float, expected: bool
 ) -> None:
-    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr(compiling, "_compiler_problem", lambda _: None)
     compiled, notice = resolve_compile(TrainingConfig(compile=wanted), flops, torch.device(device))
     assert (compiled, notice is not None) == (expected, expected)
 
 
-def test_without_a_compiler_nothing_is_compiled_and_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    compiled, notice = resolve_compile(TrainingConfig(compile=True), 0, torch.device("cpu"))
+def test_without_a_compiler_nothing_is_compiled_and_one_line_says_so() -> None:
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        compiled, notice = resolve_compile(TrainingConfig(compile=True), 0, torch.device("cpu"))
     assert not compiled
     assert notice == "not compiled: torch.compile needs a C++ compiler, such as g++, and found none"
+
+
+def test_a_compiler_that_cannot_build_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where Python's headers are missing: by default, a long run would compile, and end with a traceback."""
+    broken = tmp_path / "g++"
+    lines = ['case "$*" in *.cpp*) echo "fatal error: Python.h: not found" >&2; exit 1;; esac', 'exec g++ "$@"']
+    broken.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    broken.chmod(0o755)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch.compiler.reset()
+    with inductor.patch({"cpp.cxx": (None, str(broken))}):
+        compiled, notice = resolve_compile(TrainingConfig(), 1e18, torch.device("cpu"))
+    torch.compiler.reset()
+    assert not compiled
+    assert notice == "not compiled: torch.compile fails here (fatal error: Python.h: not found)"
 
 
 @pytest.mark.parametrize(

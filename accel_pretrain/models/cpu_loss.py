@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from accel_pretrain.loss import IGNORE
@@ -27,7 +28,10 @@ def head_loss(
     x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, softcap: float | None, *, compiled: bool = False
 ) -> torch.Tensor:
     """:func:`~accel_pretrain.loss.next_token_loss` of ``x @ weight.T``, after a soft cap if there is one: ``nats_B``."""
-    return _HeadLoss.apply(x_BTD, weight_VD, targets_BT, softcap, _dtype_of_products(x_BTD), compiled)  # type: ignore[return-value]
+    settings = softcap, _dtype_of_products(x_BTD), compiled
+    if not torch.is_grad_enabled():
+        return _chunked(x_BTD, weight_VD, targets_BT, settings, None, False)[0]
+    return _HeadLoss.apply(x_BTD, weight_VD, targets_BT, settings)  # type: ignore[return-value]
 
 
 def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
@@ -44,16 +48,17 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, softcap: float | None,
-        dtype: torch.dtype, compiled: bool,
+        ctx: Any, x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor,
+        settings: tuple[float | None, torch.dtype, bool],
     ) -> torch.Tensor:  # fmt: skip
         ctx.save_for_backward(x_BTD, weight_VD, targets_BT)
-        ctx.settings, wanted = (softcap, dtype, compiled), any(ctx.needs_input_grad[:2])
+        ctx.settings, wanted = settings, any(ctx.needs_input_grad[:2])
         nats_B, ctx.gradients = _chunked(x_BTD, weight_VD, targets_BT, ctx.settings, None, wanted)
         return nats_B
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (counts_B,) = grads
         x_BTD, weight_VD, targets_BT = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None  # given away: the optimizer may write into them
@@ -63,7 +68,7 @@ class _HeadLoss(torch.autograd.Function):
             _, gradients = _chunked(x_BTD, weight_VD, targets_BT, ctx.settings, counts_B, True)
             assert gradients is not None
             x_grad_BTD, weight_grad_VD = gradients
-        return x_grad_BTD.to(x_BTD.dtype), weight_grad_VD.to(weight_VD.dtype), None, None, None, None
+        return x_grad_BTD.to(x_BTD.dtype), weight_grad_VD.to(weight_VD.dtype), None, None
 
 
 def _chunked(

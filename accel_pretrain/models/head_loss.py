@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from accel_pretrain.loss import IGNORE
 
@@ -53,7 +54,8 @@ class _ChunkedLoss(torch.autograd.Function):
         return nats_N.view(B, T).sum(dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (counts_B,) = grads
         x_grad_BTD, weight_grad_VD = ctx.saved_tensors
         count = torch.where((counts_B == counts_B[0]).all(), counts_B[0], torch.nan)  # decided on the device

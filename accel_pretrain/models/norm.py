@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from accel_pretrain.models.config import ModelConfig
@@ -43,7 +44,8 @@ class _RMSNormInFewPasses(torch.autograd.Function):
         return y if weight is None else y.mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
         (y_grad,) = grads
         products = (y_grad * x).flatten(0, -2)

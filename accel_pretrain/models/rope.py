@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from accel_pretrain.models.config import ModelConfig
 
@@ -64,7 +65,8 @@ class _RotateInFewPasses(torch.autograd.Function):
         return _halves_turned(x_BHTE, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
         return _halves_turned(grads[0], cos, -sin), None, None
 

@@ -11,8 +11,9 @@ i + E/2 as theirs do, so that importing and exporting weights is a table of name
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -136,13 +137,11 @@ class Transformer(nn.Module):
     def compile_parts(self) -> None:
         """Compile the blocks, and the loss, in place: parameter names stay, and DDP still overlaps its communication.
 
-        On a GPU the compiled loss makes no float32 copy of the logits.
+        On a GPU the compiled loss makes no float32 copy of the logits. Copies of the model are compiled too, and stay copies.
         """
         self.compiled = True
         for layer in self.layers:
             layer.compile()
-        if self.output_matrix.device.type != "cpu":
-            self._loss = torch.compile(self._loss)
 
     def init_weights(self) -> None:
         """Set every parameter from the global random state, by this table (GPT-2's rules, Radford et al. 2019, section 2.3).
@@ -216,14 +215,12 @@ class Transformer(nn.Module):
             return cpu_loss.head_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap, compiled=self.compiled)
         if self.chunked_loss and torch.is_grad_enabled():
             return head_loss.chunked_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
-        return self._loss(x_BTD, targets_BT)
-
-    def _loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        return next_token_loss(self._logits(x_BTD), targets_BT)
+        if self.compiled and x_BTD.device.type != "cpu":
+            return _compiled_loss()(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
+        return _plain_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
 
     def _logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        logits_BTV, cap = self.unembed(x_BTD), self.config.logit_softcap
-        return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
+        return capped(self.unembed(x_BTD), self.config.logit_softcap)
 
     def unembed(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits, before a soft cap, of what the last norm gives."""
@@ -245,7 +242,7 @@ class Transformer(nn.Module):
             return positions, (full, full)
         window = self.config.sliding_window
         sliding = View(self._angles(positions, sliding=True), *visible(T, end, window, padding_B, device))
-        return positions, (full, sliding._replace(window=window if padding_B is None else None))
+        return positions, (full, sliding._replace(window=window if padding_B is None and window < end else None))
 
     def _angles(self, positions: slice | torch.Tensor, *, sliding: bool) -> torch.Tensor | None:
         if self.config.position == "learned":
@@ -282,3 +279,17 @@ class Transformer(nn.Module):
         windows = [config.sliding_window if config.slides(layer) else None for layer in range(config.num_layers)]
         seen = sum(min(window or config.context_length, config.context_length) for window in windows)
         return 6 * (matrices + head) + 12 * config.num_heads * config.head_width * seen
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Logits that end softly at +- ``softcap`` (Gemma 2, section 2)."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _plain_loss(x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return next_token_loss(capped(F.linear(x_BTD, weight_VD), softcap), targets_BT)
+
+
+@functools.cache
+def _compiled_loss() -> Callable[..., torch.Tensor]:
+    return torch.compile(_plain_loss)
