@@ -100,6 +100,7 @@ def publish(
             temporary.mkdir(parents=True)
     try:
         with peers.together(*failure):
+            temporary.mkdir(parents=True, exist_ok=True)  # a machine that does not share the directory makes one of its own
             source.write(temporary)
             # All random numbers here are functions of the position: there is no need for a pickle of them, nor for trust in it.
             (temporary / f"random_states_{peers.rank}.pkl").unlink(missing_ok=True)
@@ -121,7 +122,7 @@ def publish(
         milestones = [path.name for path in checkpoints(run_dir) if pin_interval and step_of(path) % pin_interval == 0]
         _tidy(final, ("best", "latest") if is_best else ("latest",), keep_last, {*milestones, *protected})
     peers.gather(None)  # nobody reads the directory before it is as it stays
-    if not peers.is_main:  # on a machine that does not share the directory, Accelerate has made one of its own
+    if not peers.is_main:  # where the directory is not shared
         shutil.rmtree(temporary, ignore_errors=True)
     return final
 
