@@ -114,10 +114,11 @@ def restore(accelerator: Accelerator, optimizer: torch.optim.Optimizer, checkpoi
     Learning rate, decay and the like stay what the config says now; only the moments come from the checkpoint. What
     Accelerate would pass over in silence is refused: moments of another update, numbers that are not finite, ranks that differ.
     """
-    require_optimizer(checkpoint)
-    refused = [path.name for path in checkpoint.glob("*") if path.name.startswith(("custom_checkpoint", "pytorch_model"))]
-    if refused:
-        raise CheckpointError(f"{checkpoint}: {refused[0]} is a pickle, which is never loaded")
+    with together(accelerator, CheckpointError):
+        require_optimizer(checkpoint)
+        refused = [path.name for path in checkpoint.glob("*") if path.name.startswith(("custom_checkpoint", "pytorch_model"))]
+        if refused:
+            raise CheckpointError(f"{checkpoint}: {refused[0]} is a pickle, which is never loaded")
     hyperparameters = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     with together(accelerator, CheckpointError), _quiet():
         try:
