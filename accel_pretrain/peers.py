@@ -20,12 +20,12 @@ class Peers:
     """This process among the others. Every method is collective, except for one process alone.
 
     ``own_group``: talk in a process group of the CPU that is made for this object, so that a thread can. Making it is
-    collective too.
+    collective too. ``is_local_main``: the first process of its machine.
     """
 
     def __init__(self, accelerator: Accelerator, *, own_group: bool = False) -> None:
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
-        self.is_main = self.rank == 0
+        self.is_main, self.is_local_main = self.rank == 0, accelerator.is_local_main_process
         self._group = dist.new_group(backend="gloo") if own_group and self.count > 1 else None
 
     def gather(self, value: Any) -> list[Any]:

@@ -213,7 +213,10 @@ def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Pla
         from accelerate.utils import broadcast_object_list
 
         broadcast_object_list(found)
-    if (notice := refuse_other_folders(peers, run_dir, found[0])) and peers.is_main:
+    named = config.checkpoint.resume_from not in ("auto", "never", None)
+    rolls_back = config.training.on_spike == "rollback"
+    notice = refuse_other_folders(peers, run_dir, found[0], named=named, rolls_back=rolls_back)
+    if notice and peers.is_main:
         print(f"Notice: {notice}")
     return found[0]
 

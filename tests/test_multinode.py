@@ -191,16 +191,19 @@ def apart(machines: Machines, tmp_path: Path) -> Machines:
 
 
 @pytest.mark.network
-def test_a_run_directory_of_one_machine(apart: Machines, run_train: Train, dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [[], ["--strategy", "fsdp2", "--asynchronous", "true"]], ids=["ddp", "fsdp2"])
+def test_a_run_directory_of_one_machine(
+    apart: Machines, run_train: Train, dataset: Path, tmp_path: Path, how: list[str]
+) -> None:
     """The run begins with a notice. Going on needs a copy: refused without, never from nothing, and exact with it."""
     run_dir, disks = tmp_path / "run", [tmp_path / "disk0", tmp_path / "disk1"]
-    words = limited(dataset, run_dir, 20)
+    words = limited(dataset, run_dir, 20, *how)
     assert ends(apart.start_both(words, run_dir), run_dir) == [0, 0], log(run_dir, 0) + log(run_dir, 1)
     assert f"Notice: {run_dir} is node0's own, and node1 cannot see it" in log(run_dir, 0)
     assert newest(disks[0]).name == "checkpoint_00000020"
     assert [path.name for path in disks[1].iterdir()] == []
 
-    words = limited(dataset, run_dir, 40)
+    words = limited(dataset, run_dir, 40, *how)
     refusal = (
         f"{run_dir}/checkpoint_00000020 is on node0, and node1 cannot see it; give all machines one shared --checkpoint_dir"
     )
@@ -217,7 +220,9 @@ def test_a_run_directory_of_one_machine(apart: Machines, run_train: Train, datas
     assert ends(apart.start_both(words, run_dir), run_dir) == [0, 0], log(run_dir, 0) + log(run_dir, 1)
     assert run_train(tmp_path / "whole", *limited(dataset, tmp_path / "whole", 20)) == 0
     assert run_train(tmp_path / "whole", *limited(dataset, tmp_path / "whole", 40)) == 0
-    assert_same_bits(newest(tmp_path / "whole"), newest(disks[0]))
+    np.testing.assert_allclose(losses(disks[0])[-20:], losses(tmp_path / "whole")[-20:], atol=1e-5, rtol=0)
+    if not how:  # a sharded run adds up in another order than one process
+        assert_same_bits(newest(tmp_path / "whole"), newest(disks[0]))
 
 
 @pytest.mark.network
