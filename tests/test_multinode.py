@@ -198,6 +198,10 @@ def test_a_run_directory_of_one_machine(
     """The run begins with a notice. Going on needs a copy: refused without, never from nothing, and exact with it."""
     run_dir, disks = tmp_path / "run", [tmp_path / "disk0", tmp_path / "disk1"]
     words = limited(dataset, run_dir, 20, *how)
+    assert 0 not in ends(apart.start_both([*words, "--on_spike", "rollback"], run_dir), run_dir)
+    assert f"error: training.on_spike: rollback needs a folder that all machines share, and {run_dir} is node0's own" in log(
+        run_dir, 0
+    )
     assert ends(apart.start_both(words, run_dir), run_dir) == [0, 0], log(run_dir, 0) + log(run_dir, 1)
     assert f"Notice: {run_dir} is node0's own, and node1 cannot see it" in log(run_dir, 0)
     assert newest(disks[0]).name == "checkpoint_00000020"
@@ -216,7 +220,12 @@ def test_a_run_directory_of_one_machine(
     assert f"{run_dir} holds checkpoint_00000020 on node1 and nothing on node0, where the main process is" in log(run_dir, 0)
     apart.private.reverse()
 
-    shutil.copytree(newest(disks[0]), disks[1] / "checkpoint_00000020")
+    copy = Path(shutil.copytree(newest(disks[0]), disks[1] / "checkpoint_00000020")) / "optimizer.bin"
+    content = copy.read_bytes()
+    copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert 0 not in ends(apart.start_both(words, run_dir), run_dir)
+    assert f"checkpoint_00000020 on node1 (rank 1) is damaged: {copy.name} was changed after it was written" in log(run_dir, 0)
+    copy.write_bytes(content)
     assert ends(apart.start_both(words, run_dir), run_dir) == [0, 0], log(run_dir, 0) + log(run_dir, 1)
     assert run_train(tmp_path / "whole", *limited(dataset, tmp_path / "whole", 20)) == 0
     assert run_train(tmp_path / "whole", *limited(dataset, tmp_path / "whole", 40)) == 0
