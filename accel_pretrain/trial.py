@@ -136,6 +136,7 @@ def _trial(
     device = accelerator.device
     if limit is not None:
         _limit_memory(device, limit)
+    config = replace(config, model=replace(config.model, vocab_size=vocab_size))  # made-up tokens come without a tokenizer
     splits = made_up_tokens(vocab_size)
     accumulation = samples // config.training.batch_size
     run, state = build(config, _plan(config, splits, min(2, accumulation), updates), splits, accelerator, folder), TrainState()

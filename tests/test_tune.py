@@ -193,7 +193,8 @@ def test_the_command_tries_says_writes_and_remembers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    words = [*TINY, "--vocab_size", "100", "--batch_size", "2", "--global_batch_size", "2", "--max_iters", "100"]
+    data = write_dataset(tmp_path / "data", stdlib_text(20_000), stdlib_text(5_000))  # it says how large its vocabulary is
+    words = [*TINY, "--train_data_path", str(data), "--batch_size", "2", "--global_batch_size", "2", "--max_iters", "100"]
     words += ["--only", "batch_size", "--budget", "20", "--write", str(tmp_path / "best.yaml")]
     assert tune.main(words) == 0
     first = capsys.readouterr().out
