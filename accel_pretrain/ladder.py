@@ -9,12 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from accel_pretrain.config import Plan, RunConfig
 from accel_pretrain.errors import ConfigError, refuse
 from accel_pretrain.models.recompute import Level
+from accel_pretrain.runtime import resolve_compile
 from accel_pretrain.trial import TOO_LARGE, Trial
 from accel_pretrain.typed_yaml import option, section
 
@@ -66,7 +70,7 @@ class Search:
     config: TunedRun
     plan: Plan
     measure: Callable[[Candidate, float], Trial]  # with a candidate, and the seconds that are left
-    on_gpu: bool = False
+    kind: str = "cpu"  # cpu, cuda or mps
     say: Callable[[Candidate], object] = lambda candidate: None  # called when it was measured
     rows: dict[Candidate, Trial] = field(default_factory=dict)
     left_out: list[Candidate] = field(default_factory=list)
@@ -78,12 +82,16 @@ class Search:
         return self.plan.samples_per_step // self.plan.world_size
 
     @property
+    def on_gpu(self) -> bool:
+        return self.kind != "cpu"
+
+    @cached_property
     def start(self) -> Candidate:
-        """The config as it is; without compiling, where it leaves that open."""
-        training = self.config.training
-        return Candidate(
-            training.batch_size, bool(training.compile), training.activation_checkpointing, training.chunked_loss
-        )  # fmt: skip
+        """The config as it is: compiled if the trainer would compile it here."""
+        training, plan = self.config.training, self.plan
+        flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
+        compiled, _ = resolve_compile(training, flops, torch.device(self.kind))
+        return Candidate(training.batch_size, compiled, training.activation_checkpointing, training.chunked_loss)
 
     @property
     def best(self) -> Candidate:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("tune measures in one process: type python -m accel_pretrain.tune --world_size N ...")
         config = load_with_shape(TunedRun, line)
         plan = make_plan(config, splits_of(config) or unknown_splits(config), config.tune.world_size)
-        search = Search(config, plan, measuring(config, plan), on_gpu=not runtime_of(config.training)[0])
+        search = Search(config, plan, measuring(config, plan), kind=kind_of(config))
         search.say = lambda candidate: print(table_row(search, candidate), flush=True)
         memory = memory_file(search)
         remembered = None if "fresh" in line.flags else recall(memory)
@@ -71,6 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"the config with these is in {config.tune.write}")
         return 0
     return 2
+
+
+def kind_of(config: TunedRun) -> str:
+    """The kind of device that the run will use on this machine."""
+    cpu, _ = runtime_of(config.training)
+    return "cpu" if cpu else "cuda" if torch.cuda.is_available() and config.training.device != "mps" else "mps"
 
 
 def measuring(config: TunedRun, plan: Plan) -> Callable[[Candidate, float], Trial]:

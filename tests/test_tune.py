@@ -76,7 +76,7 @@ def test_on_a_gpu_the_loss_in_chunks_may_let_a_larger_micro_batch_fit(on_gpu: bo
         fits = candidate.batch_size <= 8 or (candidate.chunked and candidate.batch_size <= 16)
         return Trial(seconds=seconds(candidate, 48)) if fits else OUTLAW
 
-    search = Search(*planned(), lambda candidate, left: machine(candidate), on_gpu=on_gpu)
+    search = Search(*planned(), lambda candidate, left: machine(candidate), kind="cuda" if on_gpu else "cpu")
     search.run()
     assert search.best == (Candidate(16, False, "none", True) if on_gpu else Candidate(8, False, "none"))
     assert ("--chunked_loss" in tune.words_for(search, search.best)) == on_gpu
@@ -112,6 +112,20 @@ def test_compiling_is_tried_with_the_best_micro_batch_and_with_one_that_only_fit
 
 def test_a_short_run_is_not_compiled_at_all():
     assert not any(c.compiled for c in searched(lambda candidate: Trial(seconds=0.01), max_iters=50).rows)
+
+
+def test_what_is_compared_with_is_what_the_trainer_would_do():
+    """A run so long that the trainer compiles it by itself does not get faster by --compile true."""
+
+    def machine(candidate: Candidate) -> Trial:
+        return Trial(seconds=0.5 if candidate.compiled else 1.0, first=20.0 * candidate.compiled)
+
+    search = searched(machine, only="compile", max_iters=10**8)
+    assert search.start == search.best == Candidate(8, True, "none")
+    assert "as fast as anything" in tune.report(search)[-1]
+    short = searched(machine, only="compile")  # control
+    assert not short.start.compiled
+    assert "times as fast" in tune.report(short)[-1]
 
 
 def test_no_more_is_begun_when_time_is_up():
