@@ -106,9 +106,11 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _is_about_memory(words: str) -> bool:
-    return any(
-        known in words.lower() for known in ("can't allocate memory", "not enough memory", "out of memory", "memoryerror")
-    )
+    signs = (
+        "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "memoryerror",
+        "cannot map zero-fill pages", "failed to map segment",  # of a library that is loaded
+    )  # fmt: skip
+    return any(sign in words.lower() for sign in signs)
 
 
 # ---------------------------------------------------------------------------------------------------- in that process
@@ -134,6 +136,8 @@ def _trial(
 ) -> Trial:
     accelerator = build_accelerator(config.training, [], folder)
     device = accelerator.device
+    if config.training.compile and not (resolved := resolve_compile(config.training, 0.0, device))[0]:
+        return Trial(problem=resolved[1])  # else it would be timed, and praised, without
     if limit is not None:
         _limit_memory(device, limit)
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))  # made-up tokens come without a tokenizer

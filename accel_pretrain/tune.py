@@ -123,6 +123,8 @@ def report(search: Search) -> list[str]:
         lines.append(
             f"The planned run ends {search.hours(start) / search.hours(best):.2f} times as fast as with the config as it is."
         )
+    if search.once:
+        lines.append(f"No time to measure it again; type --budget {2 * search.config.tune.budget:g}")
     if best.batch_size != start.batch_size and search.config.model.dropout:
         lines.append("Dropout masks are drawn for each micro-batch: with another batch_size they are others.")
     if search.left_out:
