@@ -34,7 +34,9 @@ class TuneOptions:
         "all", "all | batch_size | compile | chunked_loss (GPU) | activation_checkpointing: what to vary"
     )
     budget: float = option(180.0, "seconds that measuring may take")
-    world_size: int = option(1, "processes of the planned run, which share its global batch; one of them is measured")
+    world_size: int = option(
+        1, "processes of the planned run, which share its global batch; one of them is measured, with its share of a CPU"
+    )
     memory_gb: float | None = option(None, "what a candidate may have; null: what is free")
     write: Path | None = option(None, "a file for the whole config with the winner in it")
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from accel_pretrain import __version__
 from accel_pretrain.config import Plan, make_plan
 from accel_pretrain.errors import ConfigError, reported
 from accel_pretrain.files import write_whole
-from accel_pretrain.hardware import free_memory
+from accel_pretrain.hardware import cores, free_memory
 from accel_pretrain.ladder import Candidate, Search, TunedRun, as_run
 from accel_pretrain.launchers import launcher_variables
 from accel_pretrain.outlook import load_with_shape, splits_of, unknown_splits
@@ -81,18 +82,31 @@ def kind_of(config: TunedRun) -> str:
 
 def measuring(config: TunedRun, plan: Plan) -> Callable[[Candidate, float], Trial]:
     """How the search measures: each candidate in a process of its own, in the memory that is free now."""
-    cpu, _ = runtime_of(config.training)
-    limit = int(0.9 * free) if cpu and (free := free_memory()) else None  # a GPU has its own
-    if config.tune.memory_gb is not None:
-        limit = int(config.tune.memory_gb * 1e9)
+    limit, (cpu, _) = limit_of(config), runtime_of(config.training)
 
     def measured(candidate: Candidate, left: float) -> Trial:
+        run = as_run(config, plan, candidate)
+        if cpu:
+            run = replace(run, training=replace(run.training, cpu_threads=threads_of(config)))
         return measure(
-            as_run(config, plan, candidate), vocab_size=plan.vocab_size, samples=plan.samples_per_step // plan.world_size,
+            run, vocab_size=plan.vocab_size, samples=plan.samples_per_step // plan.world_size,
             updates=plan.max_iters, seconds=config.tune.budget / 30, timeout=left, limit=limit,
         )  # fmt: skip
 
     return measured
+
+
+def limit_of(config: TunedRun) -> int | None:
+    """Bytes that a candidate may have; None on a GPU, which has its own, if nothing is said."""
+    if config.tune.memory_gb is not None:
+        return int(config.tune.memory_gb * 1e9)
+    return int(0.9 * free) if runtime_of(config.training)[0] and (free := free_memory()) else None
+
+
+def threads_of(config: TunedRun) -> int:
+    """Threads that one process of the planned run has on a CPU: all of them share the cores, but for what was asked for."""
+    _, threads = runtime_of(config.training)
+    return config.training.cpu_threads or min(threads, max(1, cores() // config.tune.world_size))
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
@@ -148,14 +162,16 @@ def words_for(search: Search, candidate: Candidate) -> str:
 
 def memory_file(search: Search) -> Path:
     """Where the rows of this question are kept: what they depend on, hashed."""
-    config, plan, (cpu, threads) = search.config, search.plan, runtime_of(search.config.training)
+    config, plan, cpu, limit = search.config, search.plan, not search.on_gpu, limit_of(search.config)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "mps"
+    device = f"{_processor()}, {threads_of(config)} threads" if cpu else device
     facts = {
-        "device": f"{_processor()}, {threads} threads" if cpu else device, "torch": torch.__version__, "version": __version__,
+        "device": device, "torch": torch.__version__, "version": __version__,
         "model": to_plain(config.model.resolved()), "vocab_size": plan.vocab_size, "optimizer": config.optimizer.name,
         "precision": resolve_precision(config.training, cpu)[0], "samples": search.samples, "start": asdict(search.start),
         "updates": plan.max_iters,
-        "options": [config.tune.only, config.tune.memory_gb, config.training.grad_clip, config.training.on_spike],
+        "options": [config.tune.only, config.training.tf32, config.training.grad_clip, config.training.on_spike],
+        "memory": limit and round(math.log2(limit)),  # what is free is never the same twice
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "tune" / f"{key}.json"

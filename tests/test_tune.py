@@ -290,6 +290,38 @@ def test_a_run_that_does_not_fit_says_what_would(
     assert "2 GiB" in err
 
 
+def remembered_in(**words: object) -> str:
+    config, plan = planned(**{name: value for name, value in words.items() if name not in ("memory_gb", "world_size")})
+    options = {name: value for name, value in words.items() if name in ("memory_gb", "world_size")}
+    config = dataclasses.replace(config, tune=dataclasses.replace(config.tune, **options))  # type: ignore[arg-type]
+    return tune.memory_file(Search(config, plan, lambda candidate, left: OUTLAW)).name
+
+
+def test_another_question_is_not_answered_from_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    questions = [
+        {"memory_gb": 16.0}, {"memory_gb": 4.0}, {"tf32": True, "memory_gb": 4.0}, {"memory_gb": 4.0, "cpu_threads": None},
+        {"memory_gb": 4.0, "cpu_threads": None, "world_size": 4},
+    ]  # fmt: skip
+    assert len({remembered_in(**words) for words in questions}) == len(questions)
+    assert remembered_in(memory_gb=4.0) == remembered_in(memory_gb=4.1)  # control
+
+
+@pytest.mark.parametrize(("world_size", "threads"), [(1, 8), (4, 2), (16, 1)])
+def test_processes_of_the_planned_run_share_the_cores(monkeypatch: pytest.MonkeyPatch, world_size: int, threads: int):
+    monkeypatch.setattr(tune, "cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(tune, "measure", lambda run, **_: seen.append(run) or OUTLAW)
+    for asked in (None, 3):
+        config, plan = planned(cpu_threads=asked)
+        config = dataclasses.replace(config, tune=dataclasses.replace(config.tune, world_size=world_size))
+        tune.measuring(config, plan)(Candidate(1, False, "none"), 1.0)
+        assert ladder.as_run(config, plan, Candidate(1, False, "none")).training.cpu_threads == asked  # what is written
+    assert [run.training.cpu_threads for run in seen] == [threads, 3]
+
+
 def test_refusals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     assert "tune.budget: must be positive" in refused(tune.main, capsys, "--vocab_size", 100, "--budget", 0)
     assert "type --vocab_size N" in refused(tune.main, capsys)
