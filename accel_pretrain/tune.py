@@ -22,7 +22,7 @@ import torch
 
 from accel_pretrain import __version__
 from accel_pretrain.config import Plan, make_plan
-from accel_pretrain.errors import ConfigError, reported
+from accel_pretrain.errors import ConfigError, refuse, reported
 from accel_pretrain.files import write_whole
 from accel_pretrain.hardware import cores, free_memory
 from accel_pretrain.ladder import Candidate, Search, TunedRun, as_run
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(launcher_variables().get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("tune measures in one process: type python -m accel_pretrain.tune --world_size N ...")
         config = load_with_shape(TunedRun, line)
+        refuse_early(config, line.config)
         plan = make_plan(config, splits_of(config) or unknown_splits(config), config.tune.world_size)
         search = Search(config, plan, measuring(config, plan), kind=kind_of(config))
         search.say = lambda candidate: print(table_row(search, candidate), flush=True)
@@ -72,6 +73,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"the config with these is in {config.tune.write}")
         return 0
     return 2
+
+
+def refuse_early(config: TunedRun, source: Path | None) -> None:
+    """What would be found after all measuring, or by every candidate."""
+    cpu, _ = runtime_of(config.training)
+    write = config.tune.write
+    refuse(
+        (
+            cpu and resolve_precision(config.training, cpu)[0] == "fp16",
+            "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16",
+        ),
+        (
+            write is not None and not write.absolute().parent.is_dir(),
+            f"tune.write: the folder of {write} does not exist; type: mkdir -p {write and write.parent}",
+        ),
+        (write is not None and write.is_dir(), f"tune.write: {write} is a folder; type --write {write}/best.yaml"),
+        (
+            write is not None and source is not None and write.resolve() == source.resolve(),
+            f"tune.write: {write} is what --config reads; type --write FILE with another name",
+        ),
+    )
 
 
 def kind_of(config: TunedRun) -> str:

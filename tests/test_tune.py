@@ -205,6 +205,7 @@ def test_a_trial_does_not_get_more_memory_than_it_may():
     """300 layers on 8 x 64 positions keep about 100 MB. That others get what they need: the test of the command, below."""
     deep = dataclasses.replace(small(), model=dataclasses.replace(MODEL, num_layers=300, context_length=64))
     assert measured(deep, limit=60_000_000) == OUTLAW
+    assert measured(small(), limit=1) == OUTLAW  # not even for the libraries that are loaded late
 
 
 def test_without_a_compiler_nothing_is_timed_as_compiled(monkeypatch: pytest.MonkeyPatch):
@@ -291,8 +292,8 @@ def test_a_run_that_does_not_fit_says_what_would(
 
 
 def remembered_in(**words: object) -> str:
-    config, plan = planned(**{name: value for name, value in words.items() if name not in ("memory_gb", "world_size")})
-    options = {name: value for name, value in words.items() if name in ("memory_gb", "world_size")}
+    options = {name: words.pop(name) for name in ("memory_gb", "world_size") if name in words}
+    config, plan = planned(**words)  # type: ignore[arg-type]
     config = dataclasses.replace(config, tune=dataclasses.replace(config.tune, **options))  # type: ignore[arg-type]
     return tune.memory_file(Search(config, plan, lambda candidate, left: OUTLAW)).name
 
@@ -322,9 +323,15 @@ def test_processes_of_the_planned_run_share_the_cores(monkeypatch: pytest.Monkey
     assert [run.training.cpu_threads for run in seen] == [threads, 3]
 
 
-def test_refusals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     assert "tune.budget: must be positive" in refused(tune.main, capsys, "--vocab_size", 100, "--budget", 0)
     assert "type --vocab_size N" in refused(tune.main, capsys)
+    here = tmp_path / "here.yaml"
+    here.write_text("model:\n  vocab_size: 100\n")
+    for written, words in {tmp_path / "no" / "x.yaml": "mkdir -p", tmp_path: "is a folder", here: "--config reads"}.items():
+        assert words in refused(tune.main, capsys, "--config", here, "--write", written)
+    assert "fp16 needs a GPU" in refused(tune.main, capsys, "--config", here, "--mixed_precision", "fp16", "--device", "cpu")
+    assert here.read_text() == "model:\n  vocab_size: 100\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--world_size N" in refused(tune.main, capsys, "--vocab_size", 100)
 
