@@ -7,13 +7,15 @@ rounding. What was found is remembered: the same command answers at once the nex
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import platform
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if remembered is not None:
             rows = [table_row(search, candidate) for candidate in remembered]
             print("\n".join([*rows, f"(measured before, {memory}; --fresh measures anew)"]))
-        elif search.run():
-            remember(memory, search.rows)
+        else:
+            measure_all(search, memory)
         print("\n".join(report(search)))
         if config.tune.write is not None:
             write_whole(config.tune.write, to_yaml(as_run(config, plan, search.best)).encode())
@@ -94,6 +96,37 @@ def refuse_early(config: TunedRun, source: Path | None) -> None:
             f"tune.write: {write} is what --config reads; type --write FILE with another name",
         ),
     )
+
+
+def measure_all(search: Search, memory: Path) -> None:
+    """Search and remember. Who ends it early still gets to know what is the best so far."""
+    try:
+        with signals_as_exceptions():
+            if search.run():
+                remember(memory, search.rows)
+    except (KeyboardInterrupt, SystemExit):
+        if any(trial.problem is None for trial in search.rows.values()):
+            print("\n".join(["", "Not finished. So far:", *report(search)]), flush=True)
+        raise
+
+
+@contextlib.contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the program, as SIGINT does: what it has started is ended, and its files go."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:  # nohup
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def kind_of(config: TunedRun) -> str:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +28,8 @@ from accel_pretrain.models import ModelConfig
 from accel_pretrain.outlook import unknown_splits
 from accel_pretrain.runtime import TrainingConfig
 from accel_pretrain.trial import TOO_LARGE, Trial
-from accel_pretrain.typed_yaml import load, parse_command_line
-from tests.running import TINY, losses, refused, stdlib_text, write_dataset
+from accel_pretrain.typed_yaml import load, parse_command_line, to_plain
+from tests.running import REPO, TINY, environment, launch, losses, refused, stdlib_text, write_dataset
 
 MODEL = ModelConfig(context_length=32, d_model=32, num_layers=2, num_heads=2, d_ff=64, vocab_size=100)
 OUTLAW = Trial(problem=TOO_LARGE)
@@ -208,9 +214,13 @@ def test_a_trial_does_not_get_more_memory_than_it_may():
     assert measured(small(), limit=1) == OUTLAW  # not even for the libraries that are loaded late
 
 
-def test_without_a_compiler_nothing_is_timed_as_compiled(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CXX", "/nonexistent")
-    problem = measured(dataclasses.replace(small(), training=dataclasses.replace(small().training, compile=True))).problem
+def test_without_a_compiler_nothing_is_timed_as_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    config = dataclasses.replace(small(), training=dataclasses.replace(small().training, compile=True))
+    asked = {"config": to_plain(config), "vocab_size": 100, "samples": 8, "updates": 10, "seconds": 0.01, "limit": None}
+    (tmp_path / "question").write_text(json.dumps(asked))
+    trial.main(tmp_path / "question", tmp_path / "answer")
+    problem = json.loads((tmp_path / "answer").read_text())["problem"]
     assert problem == "not compiled: torch.compile needs a C++ compiler, such as g++, and found none"
 
 
@@ -264,6 +274,59 @@ def test_the_command_tries_says_writes_and_remembers(
     assert "measured before" in again
     last = {row[0]: row for row in rows}  # a winner is measured again
     assert [line.split() for line in again.splitlines() if line.strip()[:1].isdigit()] == [*last.values()]
+
+
+def others_in(session_of: str) -> list[int]:
+    """Processes whose command line names this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if session_of in path.read_bytes().decode(errors="replace") and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+    return found
+
+
+def waited_for(condition: Callable[[], object], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(condition())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGHUP, signal.SIGKILL))]
+)
+def test_who_is_ended_leaves_no_process_and_no_file(tmp_path: Path, number: signal.Signals):
+    words = [*TINY, "--vocab_size", "100", "--d_model", "256", "--max_iters", "100", "--fresh"]
+    asker = subprocess.Popen(
+        launch(words, module="accel_pretrain.tune"), env=environment(TMPDIR=str(tmp_path), XDG_CACHE_HOME=str(tmp_path)),
+        cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert waited_for(lambda: others_in(str(tmp_path)))
+        asker.send_signal(number)
+        assert asker.wait(timeout=20) == (-number if number == signal.SIGKILL else 128 + number)
+        assert waited_for(lambda: not others_in(str(tmp_path)))
+        assert waited_for(lambda: not [*tmp_path.glob("trial_*")])
+    finally:
+        asker.kill()
+        asker.wait()
+
+
+def test_who_is_ended_says_what_was_best_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def machine(candidate: Candidate, left: float) -> Trial:
+        if candidate.batch_size == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Trial(seconds=seconds(candidate, 48))
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        tune.measure_all(Search(*planned(only="batch_size"), machine), tmp_path / "memory")
+    assert end.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "Best for 1,000 updates: --batch_size 8" in capsys.readouterr().out
+    assert not (tmp_path / "memory").exists()
 
 
 def test_a_run_that_does_not_fit_says_what_would(
