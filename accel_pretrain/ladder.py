@@ -15,10 +15,10 @@ from typing import Literal
 
 import torch
 
+from accel_pretrain.compiling import resolve_compile
 from accel_pretrain.config import Plan, RunConfig
 from accel_pretrain.errors import ConfigError, refuse
 from accel_pretrain.models.recompute import Level
-from accel_pretrain.compiling import resolve_compile
 from accel_pretrain.trial import TOO_LARGE, TOO_SLOW, Trial
 from accel_pretrain.typed_yaml import option, section
 
