@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from accel_pretrain.models import ModelConfig, cpu_loss
+from accel_pretrain.models import ModelConfig, cpu_loss, head_loss
 
 FP32 = 4
 _GATE_INPUTS = 32  # of a value embedding
@@ -95,6 +95,7 @@ class Workload:
     strategy: str = "ddp"  # ddp, zero2, fsdp2
     world_size: int = 1
     checkpointing: str = "none"  # none, selective or full: training.activation_checkpointing
+    chunked: bool = False  # training.chunked_loss; a CPU takes its own where that pays
 
     @property
     def tokens(self) -> int:
@@ -229,6 +230,9 @@ def logits(load: Workload) -> int:
         piece = min(cpu_loss.CACHE_BYTES, FP32 * load.tokens * load.vocab_size)
         lowered = 0 if load.width == FP32 else load.width * matrix
         return chunk + (1 + capped) * piece + lowered + min(cpu_loss.CACHE_BYTES, FP32 * matrix) * load.width // FP32
+    if load.chunked:  # by head_loss
+        V, D, capped = load.vocab_size, load.model.d_model, load.model.logit_softcap is not None
+        return head_loss.chunk_bytes(load.tokens, V, D, load.width, capped=capped) + (load.width % FP32) * V * D
     capped = load.width if load.model.logit_softcap is not None else 0
     return load.tokens * load.vocab_size * (3 * FP32 + capped)
 
@@ -238,7 +242,9 @@ def weight_copies(load: Workload) -> int:
     if load.width == FP32:
         return 0
     groups = flops_per_token(load.model, load.vocab_size)
-    copied = sum(groups.values()) - groups["attention scores"] - (groups["output"] if load.loss_in_chunks else 0)
+    copied = (
+        sum(groups.values()) - groups["attention scores"] - (groups["output"] if load.loss_in_chunks or load.chunked else 0)
+    )
     return 2 * copied // 6
 
 
@@ -276,6 +282,9 @@ def memory(load: Workload) -> Memory:
     if load.loss_in_chunks:  # then the gradients of the output matrix and of its input are known in the forward pass already
         known = output + N * load.model.d_model * load.width
         head = 0 if load.width == FP32 else N * load.model.d_model * FP32
+    elif load.chunked:  # there as well, and a backward pass multiplies them
+        known = output + N * load.model.d_model * load.width
+        head = known
     again = output if early else 0  # a new gradient is made beside the one that it is added to,
     if load.model.tie_embeddings:  # and that of a tied matrix is the sum of two, one of which is sparse on a CPU
         again += output if load.device == "cpu" else 2 * output

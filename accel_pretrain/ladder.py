@@ -9,13 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from accel_pretrain.compiling import resolve_compile
 from accel_pretrain.config import Plan, RunConfig
 from accel_pretrain.errors import ConfigError, refuse
 from accel_pretrain.models.recompute import Level
-from accel_pretrain.trial import TOO_LARGE, Trial
+from accel_pretrain.trial import TOO_LARGE, TOO_SLOW, Trial
 from accel_pretrain.typed_yaml import option, section
 
 _BETTER = 1.01  # times as fast, to be preferred to what is simpler: times vary by about that
@@ -30,7 +34,9 @@ class TuneOptions:
         "all", "all | batch_size | compile | chunked_loss (GPU) | activation_checkpointing: what to vary"
     )
     budget: float = option(180.0, "seconds that measuring may take")
-    world_size: int = option(1, "processes of the planned run, which share its global batch; one of them is measured")
+    world_size: int = option(
+        1, "processes of the planned run, which share its global batch; one of them is measured, with its share of a CPU"
+    )
     memory_gb: float | None = option(None, "what a candidate may have; null: what is free")
     write: Path | None = option(None, "a file for the whole config with the winner in it")
 
@@ -61,15 +67,19 @@ class Candidate:
 
 @dataclass
 class Search:
-    """A greedy search: ``rows`` are what was measured, in order; ``left_out`` what there was no time for."""
+    """A greedy search: ``rows`` are what was measured, in order; ``left_out`` what there was no time for.
+
+    ``once``: the winner was not measured again.
+    """
 
     config: TunedRun
     plan: Plan
     measure: Callable[[Candidate, float], Trial]  # with a candidate, and the seconds that are left
-    on_gpu: bool = False
+    kind: str = "cpu"  # cpu, cuda or mps
     say: Callable[[Candidate], object] = lambda candidate: None  # called when it was measured
     rows: dict[Candidate, Trial] = field(default_factory=dict)
     left_out: list[Candidate] = field(default_factory=list)
+    once: bool = False
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -78,12 +88,16 @@ class Search:
         return self.plan.samples_per_step // self.plan.world_size
 
     @property
+    def on_gpu(self) -> bool:
+        return self.kind != "cpu"
+
+    @cached_property
     def start(self) -> Candidate:
-        """The config as it is; without compiling, where it leaves that open."""
-        training = self.config.training
-        return Candidate(
-            training.batch_size, bool(training.compile), training.activation_checkpointing, training.chunked_loss
-        )  # fmt: skip
+        """The config as it is: compiled if the trainer would compile it here."""
+        training, plan = self.config.training, self.plan
+        flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
+        compiled, _ = resolve_compile(training, flops, torch.device(self.kind))
+        return Candidate(training.batch_size, compiled, training.activation_checkpointing, training.chunked_loss)
 
     @property
     def best(self) -> Candidate:
@@ -100,7 +114,10 @@ class Search:
         return (trial.first + self.plan.max_iters * trial.seconds) / 3600
 
     def run(self) -> bool:
-        """Climb one ladder after the other; whether there was time for all."""
+        """Climb one ladder after the other; whether the same question may be answered by this the next time.
+
+        That is so if there was time for all, and nothing failed but for memory.
+        """
         if self._try(self.start) is None:
             raise ConfigError("tune.budget: too short for a single candidate; type --budget 180")
         only = self.config.tune.only
@@ -116,7 +133,9 @@ class Search:
             self._try_all(self._chunked(self.best))
         if only in ("all", "activation_checkpointing"):
             self._try_all(self._checkpointed(self.best))
-        return not self.left_out
+        self.once = not self._confirm()
+        lasting = all(trial.problem in (None, TOO_LARGE) for trial in self.rows.values())
+        return lasting and not self.once and not self.left_out
 
     def _try_all(self, candidates: Iterable[Candidate]) -> None:
         for candidate in candidates:
@@ -126,15 +145,32 @@ class Search:
         """Measure a candidate, if that was not done yet and there is time: None if not."""
         if candidate in self.rows:
             return self.rows[candidate]
-        options = self.config.tune
-        left = options.budget - (time.monotonic() - self.began)
-        if left < 0.05 * options.budget:
+        if (left := self._left()) is None:
             self.left_out.append(candidate)
             return None
         trial = self.measure(candidate, left)
+        if trial.problem == TOO_SLOW:  # for what was left of the budget
+            self.left_out.append(candidate)
         self.rows[candidate] = trial
         self.say(candidate)
         return trial
+
+    def _left(self) -> float | None:
+        """Seconds of the budget; None where they are too few to begin anything."""
+        left = self.config.tune.budget - (time.monotonic() - self.began)
+        return None if left < 0.05 * self.config.tune.budget else left
+
+    def _confirm(self) -> bool:
+        """Measure the winner again, in turns with the start: a lucky measurement is no news. False if time was up."""
+        again = {self.start}
+        while not self.rows[self.start].problem and (best := self.best) not in again:
+            for candidate in (self.start, best):
+                if (left := self._left()) is None or (trial := self.measure(candidate, left)).problem:
+                    return False
+                self.rows[candidate] = replace(trial, first=self.rows[candidate].first)  # compiled code is kept by now
+                self.say(candidate)
+            again.add(best)
+        return True
 
     def _climb_batches(self, base: Candidate) -> None:
         """Smaller until it fits, then larger as long as that is faster, or else smaller as long as that is."""
@@ -202,6 +238,9 @@ class Search:
                 self._try(replace(smallest, checkpointing=level))
         if all(trial.problem for trial in self.rows.values()):
             problems = sorted({trial.problem or "" for trial in self.rows.values()})
+            if TOO_SLOW in problems:
+                budget = 2 * self.config.tune.budget
+                raise ConfigError(f"tune.budget: too short for a single candidate; type --budget {budget:g}")
             raise ConfigError(
                 f"no candidate runs here ({'; '.join(problems)}); python -m accel_pretrain.plan says what it needs"
             )

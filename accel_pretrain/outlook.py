@@ -167,6 +167,7 @@ def workload(config: RunConfig, plan: Plan, device: str) -> Workload:
         precision=precision_of(config, device), device="cpu" if device == "cpu" else "cuda",
         compiled=wants_compile(config.training, flops, device), checkpointing=config.training.activation_checkpointing,
         moments=moments, strategy=config.parallel.strategy or "ddp", world_size=plan.world_size,
+        chunked=config.training.chunked_loss,
     )  # fmt: skip
 
 

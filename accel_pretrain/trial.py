@@ -6,15 +6,18 @@ a trial with a ``problem``: the process that asked lives on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,13 +71,13 @@ def measure(
     are those of the planned run, for its learning rates. ``limit``: the bytes that it may have.
     """
     config = replace(config, parallel=ParallelConfig())  # one process shares nothing
-    with tempfile.TemporaryDirectory(prefix="trial_") as folder:
+    with tempfile.TemporaryDirectory(prefix="trial_") as folder, _lifeline() as line:
         question, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
         wishes = {"vocab_size": vocab_size, "samples": samples, "updates": updates, "seconds": seconds, "limit": limit}
         question.write_text(json.dumps({"config": to_plain(config), **wishes}), encoding="utf-8")
-        command = [sys.executable, "-m", "accel_pretrain.trial", str(question), str(answer)]
+        command = [sys.executable, "-m", "accel_pretrain.trial", str(question), str(answer), "follow"]
         process = subprocess.Popen(
-            command, env=environment_of_its_own(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            command, env=environment_of_its_own(), stdin=line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             errors="replace", start_new_session=True,
         )  # fmt: skip
         try:
@@ -89,6 +92,17 @@ def measure(
             return Trial(problem=TOO_LARGE)
         last = (err.strip() or f"it ended with {process.returncode}").splitlines()[-1]
         return Trial(problem=f"failed: {last[:200]}")
+
+
+@contextlib.contextmanager
+def _lifeline() -> Iterator[int]:
+    """The end of a pipe to read from, on which nothing comes before this process has ended, however it did."""
+    there, here = os.pipe()
+    try:
+        yield there
+    finally:
+        os.close(there)
+        os.close(here)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -106,12 +120,23 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _is_about_memory(words: str) -> bool:
-    return any(
-        known in words.lower() for known in ("can't allocate memory", "not enough memory", "out of memory", "memoryerror")
-    )
+    signs = (
+        "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "memoryerror",
+        "cannot map zero-fill pages", "failed to map segment",  # of a library that is loaded
+    )  # fmt: skip
+    return any(sign in words.lower() for sign in signs)
 
 
 # ---------------------------------------------------------------------------------------------------- in that process
+
+
+def _follow(asker: int, folder: Path) -> None:
+    """End with the process that asked, which holds the other end of the pipe ``asker``; with compilers, without a trace."""
+    os.read(asker, 1)
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.name == "posix":
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def main(question: Path, answer: Path) -> None:
@@ -134,8 +159,11 @@ def _trial(
 ) -> Trial:
     accelerator = build_accelerator(config.training, [], folder)
     device = accelerator.device
+    if config.training.compile and not (resolved := resolve_compile(config.training, 0.0, device))[0]:
+        return Trial(problem=resolved[1])  # else it would be timed, and praised, without
     if limit is not None:
         _limit_memory(device, limit)
+    config = replace(config, model=replace(config.model, vocab_size=vocab_size))  # made-up tokens come without a tokenizer
     splits = made_up_tokens(vocab_size)
     accumulation = samples // config.training.batch_size
     run, state = build(config, _plan(config, splits, min(2, accumulation), updates), splits, accelerator, folder), TrainState()
@@ -247,4 +275,7 @@ def _peak(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    asked, answered = map(Path, sys.argv[1:3])
+    if "follow" in sys.argv[3:]:  # only who made the folder for this, and a session, may say so
+        threading.Thread(target=_follow, args=(sys.stdin.fileno(), answered.parent), daemon=True).start()
+    main(asked, answered)

@@ -7,13 +7,16 @@ rounding. What was found is remembered: the same command answers at once the nex
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import platform
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,9 @@ import torch
 
 from accel_pretrain import __version__
 from accel_pretrain.config import Plan, make_plan
-from accel_pretrain.errors import ConfigError, reported
+from accel_pretrain.errors import ConfigError, refuse, reported
 from accel_pretrain.files import write_whole
-from accel_pretrain.hardware import free_memory
+from accel_pretrain.hardware import cores, free_memory
 from accel_pretrain.ladder import Candidate, Search, TunedRun, as_run
 from accel_pretrain.launchers import launcher_variables
 from accel_pretrain.outlook import load_with_shape, splits_of, unknown_splits
@@ -52,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(launcher_variables().get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("tune measures in one process: type python -m accel_pretrain.tune --world_size N ...")
         config = load_with_shape(TunedRun, line)
+        refuse_early(config, line.config)
         plan = make_plan(config, splits_of(config) or unknown_splits(config), config.tune.world_size)
-        search = Search(config, plan, measuring(config, plan), on_gpu=not runtime_of(config.training)[0])
+        search = Search(config, plan, measuring(config, plan), kind=kind_of(config))
         search.say = lambda candidate: print(table_row(search, candidate), flush=True)
         memory = memory_file(search)
         remembered = None if "fresh" in line.flags else recall(memory)
@@ -63,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if remembered is not None:
             rows = [table_row(search, candidate) for candidate in remembered]
             print("\n".join([*rows, f"(measured before, {memory}; --fresh measures anew)"]))
-        elif search.run():
-            remember(memory, search.rows)
+        else:
+            measure_all(search, memory)
         print("\n".join(report(search)))
         if config.tune.write is not None:
             write_whole(config.tune.write, to_yaml(as_run(config, plan, search.best)).encode())
@@ -73,20 +77,91 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+def refuse_early(config: TunedRun, source: Path | None) -> None:
+    """What would be found after all measuring, or by every candidate."""
+    cpu, _ = runtime_of(config.training)
+    write = config.tune.write
+    refuse(
+        (
+            cpu and resolve_precision(config.training, cpu)[0] == "fp16",
+            "training.mixed_precision: fp16 needs a GPU; try --mixed_precision bf16",
+        ),
+        (
+            write is not None and not write.absolute().parent.is_dir(),
+            f"tune.write: the folder of {write} does not exist; type: mkdir -p {write and write.parent}",
+        ),
+        (write is not None and write.is_dir(), f"tune.write: {write} is a folder; type --write {write}/best.yaml"),
+        (
+            write is not None and source is not None and write.resolve() == source.resolve(),
+            f"tune.write: {write} is what --config reads; type --write FILE with another name",
+        ),
+    )
+
+
+def measure_all(search: Search, memory: Path) -> None:
+    """Search and remember. Who ends it early still gets to know what is the best so far."""
+    try:
+        with signals_as_exceptions():
+            if search.run():
+                remember(memory, search.rows)
+    except (KeyboardInterrupt, SystemExit):
+        if any(trial.problem is None for trial in search.rows.values()):
+            print("\n".join(["", "Not finished. So far:", *report(search)]), flush=True)
+        raise
+
+
+@contextlib.contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the program, as SIGINT does: what it has started is ended, and its files go."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:  # nohup
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def kind_of(config: TunedRun) -> str:
+    """The kind of device that the run will use on this machine."""
+    cpu, _ = runtime_of(config.training)
+    return "cpu" if cpu else "cuda" if torch.cuda.is_available() and config.training.device != "mps" else "mps"
+
+
 def measuring(config: TunedRun, plan: Plan) -> Callable[[Candidate, float], Trial]:
     """How the search measures: each candidate in a process of its own, in the memory that is free now."""
-    cpu, _ = runtime_of(config.training)
-    limit = int(0.9 * free) if cpu and (free := free_memory()) else None  # a GPU has its own
-    if config.tune.memory_gb is not None:
-        limit = int(config.tune.memory_gb * 1e9)
+    limit, (cpu, _) = limit_of(config), runtime_of(config.training)
 
     def measured(candidate: Candidate, left: float) -> Trial:
+        run = as_run(config, plan, candidate)
+        if cpu:
+            run = replace(run, training=replace(run.training, cpu_threads=threads_of(config)))
         return measure(
-            as_run(config, plan, candidate), vocab_size=plan.vocab_size, samples=plan.samples_per_step // plan.world_size,
+            run, vocab_size=plan.vocab_size, samples=plan.samples_per_step // plan.world_size,
             updates=plan.max_iters, seconds=config.tune.budget / 30, timeout=left, limit=limit,
         )  # fmt: skip
 
     return measured
+
+
+def limit_of(config: TunedRun) -> int | None:
+    """Bytes that a candidate may have; None on a GPU, which has its own, if nothing is said."""
+    if config.tune.memory_gb is not None:
+        return int(config.tune.memory_gb * 1e9)
+    return int(0.9 * free) if runtime_of(config.training)[0] and (free := free_memory()) else None
+
+
+def threads_of(config: TunedRun) -> int:
+    """Threads that one process of the planned run has on a CPU: all of them share the cores, but for what was asked for."""
+    _, threads = runtime_of(config.training)
+    return config.training.cpu_threads or min(threads, max(1, cores() // config.tune.world_size))
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
@@ -117,6 +192,8 @@ def report(search: Search) -> list[str]:
         lines.append(
             f"The planned run ends {search.hours(start) / search.hours(best):.2f} times as fast as with the config as it is."
         )
+    if search.once:
+        lines.append(f"No time to measure it again; type --budget {2 * search.config.tune.budget:g}")
     if best.batch_size != start.batch_size and search.config.model.dropout:
         lines.append("Dropout masks are drawn for each micro-batch: with another batch_size they are others.")
     if search.left_out:
@@ -140,14 +217,16 @@ def words_for(search: Search, candidate: Candidate) -> str:
 
 def memory_file(search: Search) -> Path:
     """Where the rows of this question are kept: what they depend on, hashed."""
-    config, plan, (cpu, threads) = search.config, search.plan, runtime_of(search.config.training)
+    config, plan, cpu, limit = search.config, search.plan, not search.on_gpu, limit_of(search.config)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "mps"
+    device = f"{_processor()}, {threads_of(config)} threads" if cpu else device
     facts = {
-        "device": f"{_processor()}, {threads} threads" if cpu else device, "torch": torch.__version__, "version": __version__,
+        "device": device, "torch": torch.__version__, "version": __version__,
         "model": to_plain(config.model.resolved()), "vocab_size": plan.vocab_size, "optimizer": config.optimizer.name,
         "precision": resolve_precision(config.training, cpu)[0], "samples": search.samples, "start": asdict(search.start),
         "updates": plan.max_iters,
-        "options": [config.tune.only, config.tune.memory_gb, config.training.grad_clip, config.training.on_spike],
+        "options": [config.tune.only, config.training.tf32, config.training.grad_clip, config.training.on_spike],
+        "memory": limit and round(math.log2(limit)),  # what is free is never the same twice
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "tune" / f"{key}.json"

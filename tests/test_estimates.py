@@ -27,7 +27,7 @@ from accel_pretrain.estimates import (
 )
 from accel_pretrain.hardware import HARDWARE, Machine, free_disk, free_memory, here
 from accel_pretrain.metrics import _PEAK_FLOPS
-from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.models import ModelConfig, Transformer, cpu_loss, head_loss
 from accel_pretrain.optim import SGD, AdamW
 from accel_pretrain.outlook import critical_batch, first_loss
 from accel_pretrain.probe import probe
@@ -155,6 +155,7 @@ def peak_of_allocator(load: Workload) -> int:
     """The most bytes that PyTorch had allocated during two updates, parameters and tables included."""
     module = new_model(load.model) if load.vocab_size == VOCAB else Transformer(load.model, load.vocab_size)
     module.recompute(load.checkpointing)  # type: ignore[arg-type]
+    module.chunked_loss = load.chunked
     optimizer = AdamW().build(module)
     standing = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     batch = torch.randint(load.vocab_size, (load.batch_size, load.model.context_length + 1))
@@ -197,6 +198,20 @@ def test_the_peak_is_that_of_the_allocator(words: dict, moment: str):
     expected = memory(workload)
     assert expected.moment == moment
     assert peak_of_allocator(workload) == pytest.approx(expected.total, rel=0.02)
+
+
+@pytest.mark.parametrize("rows", [512, 100])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_the_peak_of_a_loss_in_chunks(monkeypatch: pytest.MonkeyPatch, name: str, precision: str, rows: int):
+    """What a GPU does, where it can be counted: on a CPU without the loss of its own."""
+    monkeypatch.setattr(cpu_loss, "PAYS_FROM", 1 << 60)
+    monkeypatch.setattr(head_loss, "_CHUNK_BYTES", 4 * 2_000 * rows)
+    load = Workload(model=shape(name), vocab_size=2_000, batch_size=8, precision=precision, chunked=True)
+    plain = dataclasses.replace(load, chunked=False)
+    assert peak_of_allocator(load) == pytest.approx(memory(load).total, rel=0.02)
+    if rows == 100:  # control
+        assert memory(plain).total > 1.1 * memory(load).total
 
 
 def test_control_the_peak_without_logits_would_be_noticed():

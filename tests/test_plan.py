@@ -90,6 +90,12 @@ def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str], words: li
     assert f"Time                not known: {missing}" in printed(capsys, "--config", CONFIG, "--device", "cpu", *words)
 
 
+def test_the_loss_in_chunks_is_planned_with(capsys: pytest.CaptureFixture[str]):
+    words = ["--config", CONFIG, "--hardware", "h100", "--batch_size", "64", "--global_batch_size", "512"]
+    plain, chunked = (as_object(capsys, *words, *more)["memory"]["parts"] for more in ([], ["--chunked_loss", "true"]))
+    assert chunked["logits"] < plain["logits"] / 2
+
+
 def test_a_known_throughput_needs_no_probe(capsys: pytest.CaptureFixture[str]):
     found = as_object(capsys, "--config", CONFIG, "--tokens_per_sec", "1e6", "--world_size", "8", "--price_per_hour", "1")
     assert found["time"]["seconds_per_update"] == pytest.approx(524_288 / 1e6)

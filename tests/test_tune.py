@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +28,8 @@ from accel_pretrain.models import ModelConfig
 from accel_pretrain.outlook import unknown_splits
 from accel_pretrain.runtime import TrainingConfig
 from accel_pretrain.trial import TOO_LARGE, Trial
-from accel_pretrain.typed_yaml import load, parse_command_line
-from tests.running import TINY, losses, refused, stdlib_text, write_dataset
+from accel_pretrain.typed_yaml import load, parse_command_line, to_plain
+from tests.running import REPO, TINY, environment, launch, losses, refused, stdlib_text, write_dataset
 
 MODEL = ModelConfig(context_length=32, d_model=32, num_layers=2, num_heads=2, d_ff=64, vocab_size=100)
 OUTLAW = Trial(problem=TOO_LARGE)
@@ -76,7 +82,7 @@ def test_on_a_gpu_the_loss_in_chunks_may_let_a_larger_micro_batch_fit(on_gpu: bo
         fits = candidate.batch_size <= 8 or (candidate.chunked and candidate.batch_size <= 16)
         return Trial(seconds=seconds(candidate, 48)) if fits else OUTLAW
 
-    search = Search(*planned(), lambda candidate, left: machine(candidate), on_gpu=on_gpu)
+    search = Search(*planned(), lambda candidate, left: machine(candidate), kind="cuda" if on_gpu else "cpu")
     search.run()
     assert search.best == (Candidate(16, False, "none", True) if on_gpu else Candidate(8, False, "none"))
     assert ("--chunked_loss" in tune.words_for(search, search.best)) == on_gpu
@@ -114,6 +120,20 @@ def test_a_short_run_is_not_compiled_at_all():
     assert not any(c.compiled for c in searched(lambda candidate: Trial(seconds=0.01), max_iters=50).rows)
 
 
+def test_what_is_compared_with_is_what_the_trainer_would_do():
+    """A run so long that the trainer compiles it by itself does not get faster by --compile true."""
+
+    def machine(candidate: Candidate) -> Trial:
+        return Trial(seconds=0.5 if candidate.compiled else 1.0, first=20.0 * candidate.compiled)
+
+    search = searched(machine, only="compile", max_iters=10**8)
+    assert search.start == search.best == Candidate(8, True, "none")
+    assert "as fast as anything" in tune.report(search)[-1]
+    short = searched(machine, only="compile")  # control
+    assert not short.start.compiled
+    assert "times as fast" in tune.report(short)[-1]
+
+
 def test_no_more_is_begun_when_time_is_up():
     config, plan = planned()
     search = Search(config, plan, lambda candidate, left: Trial(seconds=1.0))
@@ -130,6 +150,37 @@ def test_no_more_is_begun_when_time_is_up():
     assert len(search.rows) == 2
     assert search.left_out
     assert "No time for: --batch_size" in "\n".join(tune.report(search))
+
+
+@pytest.mark.parametrize("problem", [trial.TOO_SLOW, "failed: of something that may pass", "not compiled: no compiler"])
+def test_what_may_be_otherwise_the_next_time_is_not_remembered(problem: str):
+    def lasts(problem: str) -> Search:
+        slow = Trial(problem=problem)
+        search = Search(*planned(), lambda c, left: slow if c.batch_size > 8 else Trial(seconds=seconds(c, 8)))
+        assert search.run() == (problem == TOO_LARGE)
+        return search
+
+    assert bool(lasts(problem).left_out) == (problem == trial.TOO_SLOW)
+    lasts(TOO_LARGE)  # control
+
+
+def test_when_nothing_was_fast_enough_the_budget_is_to_blame():
+    with pytest.raises(ConfigError, match="type --budget 120"):
+        searched(lambda candidate: Trial(problem=trial.TOO_SLOW))
+
+
+def test_a_lucky_measurement_is_not_announced():
+    """Micro-batch 4 seems twice as fast as what it is."""
+    seen: list[Candidate] = []
+
+    def lucky(candidate: Candidate) -> Trial:
+        seen.append(candidate)
+        return Trial(seconds=0.5 if candidate.batch_size == 4 and seen.count(candidate) == 1 else 1.0)
+
+    assert searched(lucky, only="batch_size").best == Candidate(8, False, "none")
+    assert seen.count(Candidate(4, False, "none")) == 2
+    real = searched(lambda candidate: Trial(seconds=0.5 if candidate.batch_size == 4 else 1.0), only="batch_size")  # control
+    assert real.best.batch_size == 4
 
 
 @pytest.mark.parametrize("fixed", [True, False])
@@ -160,6 +211,17 @@ def test_a_trial_does_not_get_more_memory_than_it_may():
     """300 layers on 8 x 64 positions keep about 100 MB. That others get what they need: the test of the command, below."""
     deep = dataclasses.replace(small(), model=dataclasses.replace(MODEL, num_layers=300, context_length=64))
     assert measured(deep, limit=60_000_000) == OUTLAW
+    assert measured(small(), limit=1) == OUTLAW  # not even for the libraries that are loaded late
+
+
+def test_without_a_compiler_nothing_is_timed_as_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    config = dataclasses.replace(small(), training=dataclasses.replace(small().training, compile=True))
+    asked = {"config": to_plain(config), "vocab_size": 100, "samples": 8, "updates": 10, "seconds": 0.01, "limit": None}
+    (tmp_path / "question").write_text(json.dumps(asked))
+    trial.main(tmp_path / "question", tmp_path / "answer")
+    problem = json.loads((tmp_path / "answer").read_text())["problem"]
+    assert problem == "not compiled: torch.compile needs a C++ compiler, such as g++, and found none"
 
 
 def test_a_trial_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch):
@@ -193,12 +255,13 @@ def test_the_command_tries_says_writes_and_remembers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    words = [*TINY, "--vocab_size", "100", "--batch_size", "2", "--global_batch_size", "2", "--max_iters", "100"]
+    data = write_dataset(tmp_path / "data", stdlib_text(20_000), stdlib_text(5_000))  # it says how large its vocabulary is
+    words = [*TINY, "--train_data_path", str(data), "--batch_size", "2", "--global_batch_size", "2", "--max_iters", "100"]
     words += ["--only", "batch_size", "--budget", "20", "--write", str(tmp_path / "best.yaml")]
     assert tune.main(words) == 0
     first = capsys.readouterr().out
     rows = [line.split() for line in first.splitlines() if line.strip()[:1].isdigit()]
-    assert [row[:4] for row in rows] == [["2", "1", "no", "none"], ["1", "2", "no", "none"]]
+    assert [row[:4] for row in rows[:2]] == [["2", "1", "no", "none"], ["1", "2", "no", "none"]]
     assert all(float(row[4].replace(",", "")) > 100 for row in rows)
     assert all(float(row[5]) > 0.05 for row in rows)
     best = load(RunConfig, tmp_path / "best.yaml").training
@@ -209,7 +272,61 @@ def test_the_command_tries_says_writes_and_remembers(
     again = capsys.readouterr().out
     assert time.monotonic() - begin < 1
     assert "measured before" in again
-    assert [line.split() for line in again.splitlines() if line.strip()[:1].isdigit()] == rows
+    last = {row[0]: row for row in rows}  # a winner is measured again
+    assert [line.split() for line in again.splitlines() if line.strip()[:1].isdigit()] == [*last.values()]
+
+
+def others_in(session_of: str) -> list[int]:
+    """Processes whose command line names this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if session_of in path.read_bytes().decode(errors="replace") and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+    return found
+
+
+def waited_for(condition: Callable[[], object], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(condition())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGHUP, signal.SIGKILL))]
+)
+def test_who_is_ended_leaves_no_process_and_no_file(tmp_path: Path, number: signal.Signals):
+    words = [*TINY, "--vocab_size", "100", "--d_model", "256", "--max_iters", "100", "--fresh"]
+    asker = subprocess.Popen(
+        launch(words, module="accel_pretrain.tune"), env=environment(TMPDIR=str(tmp_path), XDG_CACHE_HOME=str(tmp_path)),
+        cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert waited_for(lambda: others_in(str(tmp_path)))
+        asker.send_signal(number)
+        assert asker.wait(timeout=20) == (-number if number == signal.SIGKILL else 128 + number)
+        assert waited_for(lambda: not others_in(str(tmp_path)))
+        assert waited_for(lambda: not [*tmp_path.glob("trial_*")])
+    finally:
+        asker.kill()
+        asker.wait()
+
+
+def test_who_is_ended_says_what_was_best_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def machine(candidate: Candidate, left: float) -> Trial:
+        if candidate.batch_size == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Trial(seconds=seconds(candidate, 48))
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        tune.measure_all(Search(*planned(only="batch_size"), machine), tmp_path / "memory")
+    assert end.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "Best for 1,000 updates: --batch_size 8" in capsys.readouterr().out
+    assert not (tmp_path / "memory").exists()
 
 
 def test_a_run_that_does_not_fit_says_what_would(
@@ -237,9 +354,47 @@ def test_a_run_that_does_not_fit_says_what_would(
     assert "2 GiB" in err
 
 
-def test_refusals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def remembered_in(**words: object) -> str:
+    options = {name: words.pop(name) for name in ("memory_gb", "world_size") if name in words}
+    config, plan = planned(**words)  # type: ignore[arg-type]
+    config = dataclasses.replace(config, tune=dataclasses.replace(config.tune, **options))  # type: ignore[arg-type]
+    return tune.memory_file(Search(config, plan, lambda candidate, left: OUTLAW)).name
+
+
+def test_another_question_is_not_answered_from_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    questions = [
+        {"memory_gb": 16.0}, {"memory_gb": 4.0}, {"tf32": True, "memory_gb": 4.0}, {"memory_gb": 4.0, "cpu_threads": None},
+        {"memory_gb": 4.0, "cpu_threads": None, "world_size": 4},
+    ]  # fmt: skip
+    assert len({remembered_in(**words) for words in questions}) == len(questions)
+    assert remembered_in(memory_gb=4.0) == remembered_in(memory_gb=4.1)  # control
+
+
+@pytest.mark.parametrize(("world_size", "threads"), [(1, 8), (4, 2), (16, 1)])
+def test_processes_of_the_planned_run_share_the_cores(monkeypatch: pytest.MonkeyPatch, world_size: int, threads: int):
+    monkeypatch.setattr(tune, "cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(tune, "measure", lambda run, **_: seen.append(run) or OUTLAW)
+    for asked in (None, 3):
+        config, plan = planned(cpu_threads=asked)
+        config = dataclasses.replace(config, tune=dataclasses.replace(config.tune, world_size=world_size))
+        tune.measuring(config, plan)(Candidate(1, False, "none"), 1.0)
+        assert ladder.as_run(config, plan, Candidate(1, False, "none")).training.cpu_threads == asked  # what is written
+    assert [run.training.cpu_threads for run in seen] == [threads, 3]
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     assert "tune.budget: must be positive" in refused(tune.main, capsys, "--vocab_size", 100, "--budget", 0)
     assert "type --vocab_size N" in refused(tune.main, capsys)
+    here = tmp_path / "here.yaml"
+    here.write_text("model:\n  vocab_size: 100\n")
+    for written, words in {tmp_path / "no" / "x.yaml": "mkdir -p", tmp_path: "is a folder", here: "--config reads"}.items():
+        assert words in refused(tune.main, capsys, "--config", here, "--write", written)
+    assert "fp16 needs a GPU" in refused(tune.main, capsys, "--config", here, "--mixed_precision", "fp16", "--device", "cpu")
+    assert here.read_text() == "model:\n  vocab_size: 100\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--world_size N" in refused(tune.main, capsys, "--vocab_size", 100)
 

@@ -28,6 +28,23 @@ def chunked_loss(x_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch
     return _ChunkedLoss.apply(x_BTD, weight_VD, targets_BT, softcap, dtype)  # type: ignore[return-value]
 
 
+def chunk_rows(tokens: int, vocab_size: int) -> int:
+    """Tokens of a chunk."""
+    return max(1, min(tokens, _CHUNK_BYTES // (4 * vocab_size)))
+
+
+def chunk_bytes(tokens: int, vocab_size: int, d_model: int, width: int, *, capped: bool) -> int:
+    """Bytes of all that one chunk holds at its fullest; ``width``: of a logit. Gradients of the whole are not counted.
+
+    Logits as they come and in float32, log-probabilities, the gradient, also that of the chunk before; with a soft cap two
+    more to get its slope. Or else a chunk's gradient, and its part of that of the output matrix.
+    """
+    rows = chunk_rows(tokens, vocab_size)
+    each = width + 4 * 4 if capped else 2 * 4 if width == 4 else 2 * width + 2 * 4
+    before = width if rows < tokens else 0
+    return vocab_size * max(rows * (each + before), (rows + d_model) * width)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Gradients are computed together with the loss, as if every sequence counted 1; the backward pass multiplies them."""
 
@@ -42,7 +59,7 @@ class _ChunkedLoss(torch.autograd.Function):
         nats_N = x_BTD.new_empty(B * T, dtype=torch.float32)
         x_grad_ND = torch.empty_like(x_ND if with_gradients else x_ND[:0])
         weight_grad_VD = torch.zeros_like(weight_VD if with_gradients else weight_VD[:0], dtype=torch.float32)
-        rows = max(1, min(B * T, _CHUNK_BYTES // (4 * V)))
+        rows = chunk_rows(B * T, V)
         for begin in range(0, B * T, rows):
             part = slice(begin, begin + rows)
             nats_N[part], logit_grad_NV = _nats_and_gradient(x_ND[part] @ lowered_VD.t(), targets_N[part], softcap)
