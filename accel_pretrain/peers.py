@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -20,13 +21,15 @@ class Peers:
     """This process among the others. Every method is collective, except for one process alone.
 
     ``own_group``: talk in a process group of the CPU that is made for this object, so that a thread can. Making it is
-    collective too.
+    collective too. It waits as long as Accelerate's group does: torch's 30 minutes may be less than a save takes.
     """
 
     def __init__(self, accelerator: Accelerator, *, own_group: bool = False) -> None:
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
         self.is_main = self.rank == 0
-        self._group = dist.new_group(backend="gloo") if own_group and self.count > 1 else None
+        self._group = None
+        if own_group and self.count > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timeout_of(accelerator))
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value, by rank; it must be picklable."""
@@ -53,6 +56,11 @@ class Peers:
         if failed := [rank for rank, reason in enumerate(reasons) if reason is not None]:
             who = f" (rank {failed[0]})" if self.count > 1 else ""
             raise error(f"{what}: {reasons[failed[0]]}{who}") from caught
+
+
+def timeout_of(accelerator: Accelerator) -> timedelta | None:
+    """How long the processes wait for each other, as :func:`accel_pretrain.runtime.build_accelerator` has it; None: torch's."""
+    return None if accelerator.init_handler is None else accelerator.init_handler.timeout
 
 
 def reason_of(error: Exception) -> str:

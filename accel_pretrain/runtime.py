@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +33,7 @@ from accel_pretrain.models.recompute import Level
 from accel_pretrain.parallel import ParallelConfig, build_plugin, insist, strategy_of
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
+from accel_pretrain.watchdog import patience
 
 _PRECISIONS = {"no": "no", "float32": "no", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
 
@@ -122,8 +122,6 @@ def build_accelerator(
         torch.set_num_threads(_threads(training.cpu_threads))
     else:
         torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
-    # Longer than the watchdog of any process waits, so that it is the one to say where a run hangs.
-    timeout = timedelta(seconds=3 * (training.hang_timeout or 24 * 3600) + 60)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset", category=UserWarning)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
@@ -138,7 +136,7 @@ def build_accelerator(
             ),
             kwargs_handlers=[
                 ddp_settings(training, cpu, sharded=plugin is not None),
-                InitProcessGroupKwargs(timeout=timeout, init_method=meeting_place()),
+                InitProcessGroupKwargs(timeout=patience(training.hang_timeout), init_method=meeting_place()),
             ],
             fsdp_plugin=plugin,
             log_with=[*log_with] or None,
