@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -82,6 +83,20 @@ def environment_of_its_own(**extra: str) -> dict[str, str]:
 def is_restart() -> bool:
     """Whether a launcher (``--max_restarts``) or Slurm (requeue) has started this command again by itself."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def launch() -> dict[str, str | None]:
+    """Who would start this command again by itself: the Slurm job, and an elastic launcher, which has its id or its place."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return {"slurm": slurm_job(), "elastic": f"{socket.gethostname()}:{os.getppid()}" if run == "none" else run}
+
+
+def is_restart_of(before: Mapping[str, Any]) -> bool:
+    """Whether this is a restart by the launcher or the Slurm job that had started the run ``before``; see :func:`launch`."""
+    who, now = {"slurm": "SLURM_RESTART_COUNT", "elastic": "TORCHELASTIC_RESTART_COUNT"}, launch()
+    return any(
+        bool(now[key]) and now[key] == before.get(key) and int(os.environ.get(count) or 0) > 0 for key, count in who.items()
+    )
 
 
 def slurm_job() -> str | None:

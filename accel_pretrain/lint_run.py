@@ -10,6 +10,7 @@ from dataclasses import replace
 from accel_pretrain.data import Windows
 from accel_pretrain.estimates import memory
 from accel_pretrain.hardware import CONTEXT_BYTES, cores
+from accel_pretrain.launchers import is_restart
 from accel_pretrain.lint_settings import WORTH_PLANNING, Finding, Findings
 from accel_pretrain.outlook import Outlook, split_overlap
 from accel_pretrain.runtime import wandb_knows_me
@@ -168,7 +169,7 @@ def saving(o: Outlook) -> Findings:
             text = f"checkpoint.checkpoint_interval {config.checkpoint_interval}: a crash can lose {lost:.1f} hours"
             updates = max(1, int(1800 / o.pace.seconds))
             yield Finding("checkpoint_rare", text, f"type --checkpoint_interval {updates}")
-    if config.resume_from in ("never", None):
+    if config.resume_from in ("never", None) and not is_restart():
         held = sorted(path.name for path in config.checkpoint_dir.glob("checkpoint_*"))
         if held:
             text = f"checkpoint.resume_from never: {config.checkpoint_dir} holds {held[-1]}, so the run will not start"

@@ -30,8 +30,8 @@ from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
 from accel_pretrain.guard import Guard
-from accel_pretrain.history import record_start
-from accel_pretrain.launchers import is_restart
+from accel_pretrain.history import read_starts, record_start
+from accel_pretrain.launchers import is_restart, is_restart_of
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
 from accel_pretrain.machines import refuse_differences, refuse_other_folders
@@ -230,6 +230,11 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         return resolve(place)
     newest = find_newest(run_dir, quarantine=True)
     if newest is not None and wanted != "auto":
+        # A restart of the run that has begun here. One of a start that was refused below is refused again.
+        before = [start.get("launch") for start in read_starts(run_dir)[-1:]]
+        if any(isinstance(launch, dict) and is_restart_of(launch) for launch in before):
+            print(f"going on with {newest.name}: an automatic restart of a run that has begun with --resume_from never")
+            return newest
         raise CheckpointError(
             f"{run_dir} already holds {newest.name}; type --resume_from auto to go on with it, or another --checkpoint_dir"
         )

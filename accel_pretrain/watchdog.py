@@ -25,7 +25,7 @@ _PATIENT = {"start": 3, "first update": 3, "save": 3, "rollback": 3}
 
 
 def patience(hang_timeout: float | None) -> timedelta:
-    """How long the processes of a run wait for each other's messages: longer than any one's watchdog waits in its longest phase.
+    """How long the processes of a run wait for each other's messages: longer than the watchdog of any waits in any phase.
 
     So it is the watchdog that says where a run hangs, and a save that takes long ends nothing. Without one: three days.
     """

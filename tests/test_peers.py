@@ -21,7 +21,7 @@ from accel_pretrain.watchdog import Watchdog, patience
 @pytest.fixture
 def group() -> Iterator[None]:
     """A real process group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     yield
     dist.destroy_process_group()
 
