@@ -52,9 +52,12 @@ def join_tasks() -> None:
             )
         )
         return
-    exported = os.environ.get("WORLD_SIZE", found["WORLD_SIZE"])
-    advice = f"srun started {tasks} tasks, but WORLD_SIZE={exported} is set; type: unset WORLD_SIZE"
-    refuse((exported != found["WORLD_SIZE"], advice))
+    left = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ}
+    # A rank without a size is a leftover also where it happens to be right: that task would wait for those that are refused.
+    wrong = [name for name, value in left.items() if value != found[name] or "WORLD_SIZE" not in left]
+    told = " and ".join(f"{name}={left[name]}" for name in wrong)
+    task = f", of which this is number {found['RANK']}" if "RANK" in wrong else ""
+    refuse((bool(wrong), f"srun started {tasks} tasks{task}, but {told} is set; type: unset {' '.join(wrong)}"))
     for name, value in found.items():
         os.environ.setdefault(name, value)
 

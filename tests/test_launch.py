@@ -244,6 +244,9 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "unset it, and type --gradient_accumulation_steps 4"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8 is not supported; type --mixed_precision bf16"),
         (SLURM_TASK | {"WORLD_SIZE": "16"}, "srun started 5 tasks, but WORLD_SIZE=16 is set; type: unset WORLD_SIZE"),
+        (SLURM_TASK | {"RANK": "0"}, "srun started 5 tasks, of which this is number 3, but RANK=0 is set; type: unset RANK"),
+        (SLURM_TASK | {"RANK": "3"}, "but RANK=3 is set; type: unset RANK"),  # the same leftover in the task that has it right
+        (SLURM_TASK | {"WORLD_SIZE": "5", "RANK": "3", "LOCAL_RANK": "0"}, "but LOCAL_RANK=0 is set; type: unset LOCAL_RANK"),
         (
             SLURM_TASK | {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "1"},
             "srun started 5 launchers that do not know of each other; type: srun --ntasks-per-node 1 bash -c",
@@ -268,6 +271,8 @@ def test_what_the_environment_says_behind_our_back_is_refused(
         {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},  # one replica of Kubernetes
         {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_DEEPSPEED": "false"},
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        SLURM_TASK | {"WORLD_SIZE": "5"},
+        SLURM_TASK | {"WORLD_SIZE": "5", "RANK": "3", "LOCAL_RANK": "1"},
         SLURM_TASK | {"SLURM_STEP_NUM_TASKS": "1"},
         SLURM_TASK | {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "5"},
         SLURM_TASK | {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "2"},
