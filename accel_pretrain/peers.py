@@ -7,6 +7,7 @@ background may not use that one, in which the training's own messages are under 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -56,6 +57,21 @@ class Peers:
         if failed := [rank for rank, reason in enumerate(reasons) if reason is not None]:
             who = f" (rank {failed[0]})" if self.count > 1 else ""
             raise error(f"{what}: {reasons[failed[0]]}{who}") from caught
+
+    @contextlib.contextmanager
+    def once(self) -> Iterator[None]:
+        """Run a block on every process; of those that refuse in the same words, only the first says so. All end."""
+        caught: PretrainError | None = None
+        try:
+            yield
+        except PretrainError as problem:
+            caught = problem
+        said = self.gather(None if caught is None else caught.message)
+        if caught is not None and said.index(caught.message) == self.rank:
+            raise caught
+        if any(message is not None for message in said):
+            time.sleep(1)  # a launcher that sees one end ends the others: the first is to have spoken
+            raise SystemExit(2 if caught is None else caught.exit_code) from None
 
 
 def timeout_of(accelerator: Accelerator) -> timedelta | None:
