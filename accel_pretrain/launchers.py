@@ -125,6 +125,7 @@ class Request:
     """What a command line of ``accelerate launch`` asks for, itself or in its config file; of any other one process."""
 
     processes: int = 1  # on all machines together
+    precision: str | None = None  # on the command line itself
     file: Path | None = None  # the config file that it reads
     is_default: bool = False  # nobody named that file: it is the one that ``accelerate config`` has left
     document: Mapping[str, Any] = field(default_factory=dict)
@@ -137,7 +138,7 @@ def request_of(words: list[str]) -> Request:
     values: dict[str, str] = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
-        if name in ("--num_processes", "--num-processes", "--config_file", "--config-file"):
+        if name.replace("-", "_") in ("__num_processes", "__config_file", "__mixed_precision"):
             values.setdefault(name.replace("-", "_"), value if equals else following)
     named, default = values.get("__config_file"), None if "--cpu" in words else default_config_file
     file = named or (default if default and Path(default).is_file() else None)
@@ -149,7 +150,8 @@ def request_of(words: list[str]) -> Request:
     alone = str(document.get("distributed_type", "NO")) in ("NO", "False")
     number = str(values.get("__num_processes", 1 if alone else document.get("num_processes", 1)))
     is_default = file is not None and not named
-    return Request(int(number) if number.isdigit() else 1, Path(file) if file else None, is_default, document)
+    precision, path = values.get("__mixed_precision"), Path(file) if file else None
+    return Request(int(number) if number.isdigit() else 1, precision, path, is_default, document)
 
 
 def machines() -> int:

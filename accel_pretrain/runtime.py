@@ -28,7 +28,7 @@ from accelerate.utils import (
 
 from accel_pretrain.errors import ConfigError, refuse
 from accel_pretrain.launch_checks import launch_notices, refuse_missing_processes, settle_launch
-from accel_pretrain.launchers import launched, machines, meeting, meeting_place, sharding_asked_for
+from accel_pretrain.launchers import launched, machines, meeting, meeting_place, parent_command, request_of, sharding_asked_for
 from accel_pretrain.models.recompute import Level
 from accel_pretrain.parallel import ParallelConfig, build_plugin, insist, strategy_of
 from accel_pretrain.permutation import key_of
@@ -219,12 +219,15 @@ def _use_cpu(wanted: str) -> bool:
 def resolve_precision(training: TrainingConfig, cpu: bool) -> tuple[str, str]:
     """The precision in Accelerate's words, and who decided it: the config, the launcher, or the device.
 
-    ``accelerate launch`` exports ``no`` for everyone who has not said anything: that decides nothing.
+    ``accelerate launch`` exports ``no`` for everyone who has not said anything, and its config files hold it unasked: that
+    decides nothing. ``--mixed_precision no`` on its command line does: it is float32.
     """
     if training.mixed_precision is not None:
         return _PRECISIONS[training.mixed_precision], "config"
     if (launcher := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         return launcher, "launcher"
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and request_of(parent_command()).precision == "no":
+        return "no", "launcher"
     capable = _cpu_has_bf16() if cpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return ("bf16" if capable else "no"), "device"
 

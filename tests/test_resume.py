@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from accel_pretrain.launchers import is_restart_of, launch
 from tests.running import TINY, Train, assert_same_bits, losses, newest, reseal, rows, run_processes
@@ -200,6 +201,21 @@ def test_never_holds_for_a_person_and_not_for_a_restart(
     monkeypatch.setenv("SLURM_JOB_ID", "2")
     assert run_train(tmp_path, "--max_iters", "4", *never) == 2
     assert "already holds checkpoint_00000003" in capsys.readouterr().err
+
+
+def test_another_precision_that_nobody_chose_is_told(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a run moves to a processor that has bf16."""
+    told = "changed since checkpoint_00000001: the precision no -> bf16; --mixed_precision no keeps it"
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert run_train(tmp_path, "--max_iters", "1", "--mixed_precision", "null") == 0
+    assert run_train(tmp_path, "--max_iters", "1", "--mixed_precision", "null") == 0
+    assert "the precision" not in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert run_train(tmp_path, "--max_iters", "1", "--mixed_precision", "null") == 0
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("run_id", ["none", "c0ffee"])  # as accelerate launch and torchrun --standalone have it
