@@ -128,6 +128,20 @@ def refuse_what_we_do_not_do() -> None:
     )
 
 
+def refuse_recomputing(level: str) -> None:
+    """``fsdp_activation_checkpointing`` in a file of Accelerate's is nothing that the model here heeds."""
+    on = all(
+        (os.environ.get(name) or "").lower() == "true" for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING")
+    )
+    advice = "set it to false, or type --activation_checkpointing full"
+    refuse(
+        (
+            on and level == "none",
+            f"accelerate launch asks for fsdp_activation_checkpointing, which has no effect here; {advice}",
+        )
+    )
+
+
 def refuse_missing_processes(cpu: bool, seen: int) -> None:
     """``accelerate launch --cpu --num_processes 2`` starts one process, and ``--num_machines 2 --num_processes 3`` two."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:

@@ -154,6 +154,11 @@ def request_of(words: list[str]) -> Request:
     return Request(int(number) if number.isdigit() else 1, precision, path, is_default, document)
 
 
+def typed_numbers() -> str | None:
+    """The precision on the command line of ``accelerate launch`` itself; None for one that its config file or nobody names."""
+    return request_of(parent_command()).precision
+
+
 def machines() -> int:
     """How many machines the processes of this run are on, if all have as many as this one."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
@@ -190,5 +195,11 @@ def sharding_asked_for() -> tuple[str | None, bool]:
     """The strategy that ``accelerate launch --use_fsdp``, or its config file, asks for, and whether to use host memory."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return None, False
-    whole = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
-    return "zero2" if whole else "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+    return asked_alone() or "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+
+
+def asked_alone() -> str | None:
+    """The strategy that is left in the variables of ``accelerate launch`` where a process alone was told not to shard."""
+    if "FSDP_VERSION" not in os.environ:
+        return None
+    return "zero2" if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false" else "fsdp2"

@@ -27,8 +27,8 @@ from accelerate.utils import (
 )
 
 from accel_pretrain.errors import ConfigError, refuse
-from accel_pretrain.launch_checks import launch_notices, refuse_missing_processes, settle_launch
-from accel_pretrain.launchers import launched, machines, meeting, meeting_place, parent_command, request_of, sharding_asked_for
+from accel_pretrain.launch_checks import launch_notices, refuse_missing_processes, refuse_recomputing, settle_launch
+from accel_pretrain.launchers import asked_alone, launched, machines, meeting, meeting_place, sharding_asked_for, typed_numbers
 from accel_pretrain.models.recompute import Level
 from accel_pretrain.parallel import ParallelConfig, build_plugin, insist, strategy_of
 from accel_pretrain.permutation import key_of
@@ -172,6 +172,7 @@ def _sharding(
     strategy = asked if asked is not None and processes > 1 else "ddp"
     offload = asked_offload if parallel.cpu_offload is None else parallel.cpu_offload
     sharded = strategy != "ddp"
+    refuse_recomputing(training.activation_checkpointing)
     refuse(
         (sharded and precision == "fp16", f"training.mixed_precision: {strategy} knows no fp16; type --mixed_precision bf16"),
         (
@@ -226,7 +227,7 @@ def resolve_precision(training: TrainingConfig, cpu: bool) -> tuple[str, str]:
         return _PRECISIONS[training.mixed_precision], "config"
     if (launcher := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         return launcher, "launcher"
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and request_of(parent_command()).precision == "no":
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and typed_numbers() == "no":
         return "no", "launcher"
     capable = _cpu_has_bf16() if cpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return ("bf16" if capable else "no"), "device"
@@ -277,8 +278,10 @@ def describe_runtime(accelerator: Accelerator, training: TrainingConfig, paralle
     line = f"Device: {device} ({name}) | {processes} | Precision: {shown} (from the {source})"
     if accelerator.is_fsdp2:
         line += f" | Sharded: {strategy_of(accelerator)} (from the {'config' if parallel.strategy else 'launcher'})"
-    elif parallel.strategy in ("zero2", "fsdp2") and accelerator.num_processes == 1:
-        line += f" | Not sharded: {parallel.strategy} needs more than one process"
+        if parallel.cpu_offload and device.type == "cpu":
+            line += "\nNotice: parallel.cpu_offload has no effect on a CPU, where the shares are in host memory already"
+    elif accelerator.num_processes == 1 and (strategy := parallel.strategy or asked_alone()) not in (None, "ddp"):
+        line += f" | Not sharded: {strategy} needs more than one process"
     return "\n".join([line, *(f"Notice: {notice}" for notice in launch_notices())])
 
 

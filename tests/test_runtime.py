@@ -80,7 +80,7 @@ def test_precision_is_the_configs_else_the_launchers_else_the_devices(
 def test_a_no_that_somebody_has_typed_counts(monkeypatch: pytest.MonkeyPatch, words: str, expected: tuple[str, str]) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(runtime, "parent_command", words.split)
+    monkeypatch.setattr(launchers, "parent_command", words.split)
     assert resolve_precision(TrainingConfig(), cpu=True) == expected
 
 
