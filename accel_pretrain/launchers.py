@@ -195,7 +195,8 @@ def sharding_asked_for() -> tuple[str | None, bool]:
     """The strategy that ``accelerate launch --use_fsdp``, or its config file, asks for, and whether to use host memory."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return None, False
-    return asked_alone() or "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+    whole = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
+    return "zero2" if whole else "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
 
 
 def asked_alone() -> str | None:
