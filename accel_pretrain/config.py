@@ -163,15 +163,25 @@ def _accumulation(training: TrainingConfig, world_size: int, problems: list[str]
     steps, rest = divmod(training.global_batch_size, per_micro_step)
     if rest or steps == 0:
         near = sorted({max(1, steps) * per_micro_step, (steps + 1) * per_micro_step})
+        counts = _numbers_of_processes(training.global_batch_size, training.batch_size, world_size)
         largest = training.global_batch_size // world_size
         fitting = [size for size in range(1, largest + 1) if training.global_batch_size % (size * world_size) == 0]
         nearest = min(fitting, key=lambda size: abs(size - training.batch_size), default=None)
         problems.append(
             f"training.global_batch_size: {training.global_batch_size} is not a multiple of batch_size {training.batch_size} x "
-            f"{world_size} processes = {per_micro_step}; try --global_batch_size {' or '.join(map(str, near))}"
-            + (f", or --batch_size {nearest}" if nearest else "")
+            f"{world_size} processes = {per_micro_step}; try "
+            + (f"--batch_size {nearest}, or " if nearest else "")
+            + (f"{' or '.join(map(str, counts))} processes, or " if counts else "")
+            + f"in a new run --global_batch_size {' or '.join(map(str, near))}"
         )
     return max(1, steps)
+
+
+def _numbers_of_processes(global_batch_size: int, batch_size: int, world_size: int) -> list[int]:
+    """Up to three numbers of processes that fit an update of so many sequences: the nearest to ``world_size``."""
+    micro_batches, rest = divmod(global_batch_size, batch_size)
+    fitting = [] if rest else [count for count in range(1, micro_batches + 1) if micro_batches % count == 0]
+    return sorted(sorted(fitting, key=lambda count: (abs(count - world_size), count))[:3])
 
 
 def _vocab_size(model: ModelConfig, splits: Splits, problems: list[str]) -> int:

@@ -24,6 +24,7 @@ class Machine:
     name: str
     device: str  # cpu, cuda or mps
     memory: int | None = None  # bytes that a run can have
+    host: int | None = None  # bytes of main memory that are free, where the device is here
     peak_bf16: float | None = None  # dense, without sparsity
     share: float | None = None  # of that peak that a compiled Transformer in bf16 was seen to reach
     memory_bandwidth: float | None = None
@@ -74,8 +75,8 @@ def here(cpu: bool, threads: int | None = None) -> Machine:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()  # what this process has already counts as free
         name = torch.cuda.get_device_name()
         known = next((machine for key, machine in HARDWARE.items() if re.search(rf"\b{key}\b", name, re.IGNORECASE)), None)
-        own = Machine(name=name, device="cuda", memory=free, has_bf16=torch.cuda.is_bf16_supported())
-        return own if known is None else replace(known, name=name, memory=free)
+        own = Machine(name=name, device="cuda", memory=free, host=free_memory(), has_bf16=torch.cuda.is_bf16_supported())
+        return own if known is None else replace(known, name=name, memory=free, host=own.host)
     if not cpu and torch.backends.mps.is_available():
         return Machine(name="Apple GPU", device="mps", memory=free_memory())
     return Machine(name=f"this CPU, {threads or torch.get_num_threads()} threads", device="cpu", memory=free_memory())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import accel_pretrain
+from accel_pretrain.launchers import launch
 from accel_pretrain.metrics import RowsFile, read_metrics
 
 STARTS_FILE = "starts.jsonl"
@@ -28,6 +29,7 @@ def record_start(run_dir: Path, step: int, runtime: str, plan: Mapping[str, Any]
         "step": step,
         "time": round(time.time(), 3),
         "runtime": runtime,
+        "launch": launch(),
         "versions": versions(),
         "git": commit(),
         "plan": plan,

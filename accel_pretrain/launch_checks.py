@@ -52,9 +52,12 @@ def join_tasks() -> None:
             )
         )
         return
-    exported = os.environ.get("WORLD_SIZE", found["WORLD_SIZE"])
-    advice = f"srun started {tasks} tasks, but WORLD_SIZE={exported} is set; type: unset WORLD_SIZE"
-    refuse((exported != found["WORLD_SIZE"], advice))
+    left = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ}
+    # A rank without a size is a leftover also where it happens to be right: that task would wait for those that are refused.
+    wrong = [name for name, value in left.items() if value != found[name] or "WORLD_SIZE" not in left]
+    told = " and ".join(f"{name}={left[name]}" for name in wrong)
+    task = f", of which this is number {found['RANK']}" if "RANK" in wrong else ""
+    refuse((bool(wrong), f"srun started {tasks} tasks{task}, but {told} is set; type: unset {' '.join(wrong)}"))
     for name, value in found.items():
         os.environ.setdefault(name, value)
 
@@ -122,6 +125,20 @@ def refuse_what_we_do_not_do() -> None:
             device is not None and os.environ.get("WORLD_SIZE", "1") != "1",
             f"ACCELERATE_TORCH_DEVICE={device} would put all processes there; type: unset ACCELERATE_TORCH_DEVICE",
         ),
+    )
+
+
+def refuse_recomputing(level: str) -> None:
+    """``fsdp_activation_checkpointing`` in a file of Accelerate's is nothing that the model here heeds."""
+    on = all(
+        (os.environ.get(name) or "").lower() == "true" for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING")
+    )
+    advice = "set it to false, or type --activation_checkpointing full"
+    refuse(
+        (
+            on and level == "none",
+            f"accelerate launch asks for fsdp_activation_checkpointing, which has no effect here; {advice}",
+        )
     )
 
 

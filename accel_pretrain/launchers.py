@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -84,6 +85,20 @@ def is_restart() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
+def launch() -> dict[str, str | None]:
+    """Who would start this command again by itself: the Slurm job, and an elastic launcher, which has its id or its place."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return {"slurm": slurm_job(), "elastic": f"{socket.gethostname()}:{os.getppid()}" if run == "none" else run}
+
+
+def is_restart_of(before: Mapping[str, Any]) -> bool:
+    """Whether this is a restart by the launcher or the Slurm job that had started the run ``before``; see :func:`launch`."""
+    who, now = {"slurm": "SLURM_RESTART_COUNT", "elastic": "TORCHELASTIC_RESTART_COUNT"}, launch()
+    return any(
+        bool(now[key]) and now[key] == before.get(key) and int(os.environ.get(count) or 0) > 0 for key, count in who.items()
+    )
+
+
 def slurm_job() -> str | None:
     """The number of the Slurm job that this process belongs to."""
     return os.environ.get("SLURM_JOB_ID")
@@ -110,6 +125,7 @@ class Request:
     """What a command line of ``accelerate launch`` asks for, itself or in its config file; of any other one process."""
 
     processes: int = 1  # on all machines together
+    precision: str | None = None  # on the command line itself
     file: Path | None = None  # the config file that it reads
     is_default: bool = False  # nobody named that file: it is the one that ``accelerate config`` has left
     document: Mapping[str, Any] = field(default_factory=dict)
@@ -122,7 +138,7 @@ def request_of(words: list[str]) -> Request:
     values: dict[str, str] = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
-        if name in ("--num_processes", "--num-processes", "--config_file", "--config-file"):
+        if name.replace("-", "_") in ("__num_processes", "__config_file", "__mixed_precision"):
             values.setdefault(name.replace("-", "_"), value if equals else following)
     named, default = values.get("__config_file"), None if "--cpu" in words else default_config_file
     file = named or (default if default and Path(default).is_file() else None)
@@ -134,7 +150,13 @@ def request_of(words: list[str]) -> Request:
     alone = str(document.get("distributed_type", "NO")) in ("NO", "False")
     number = str(values.get("__num_processes", 1 if alone else document.get("num_processes", 1)))
     is_default = file is not None and not named
-    return Request(int(number) if number.isdigit() else 1, Path(file) if file else None, is_default, document)
+    precision, path = values.get("__mixed_precision"), Path(file) if file else None
+    return Request(int(number) if number.isdigit() else 1, precision, path, is_default, document)
+
+
+def typed_numbers() -> str | None:
+    """The precision on the command line of ``accelerate launch`` itself; None for one that its config file or nobody names."""
+    return request_of(parent_command()).precision
 
 
 def machines() -> int:
@@ -175,3 +197,10 @@ def sharding_asked_for() -> tuple[str | None, bool]:
         return None, False
     whole = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
     return "zero2" if whole else "fsdp2", os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+
+
+def asked_alone() -> str | None:
+    """The strategy that is left in the variables of ``accelerate launch`` where a process alone was told not to shard."""
+    if "FSDP_VERSION" not in os.environ:
+        return None
+    return "zero2" if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false" else "fsdp2"

@@ -10,12 +10,14 @@ from dataclasses import replace
 from accel_pretrain.data import Windows
 from accel_pretrain.estimates import memory
 from accel_pretrain.hardware import CONTEXT_BYTES, cores
+from accel_pretrain.launchers import is_restart
 from accel_pretrain.lint_settings import WORTH_PLANNING, Finding, Findings
 from accel_pretrain.outlook import Outlook, split_overlap
 from accel_pretrain.runtime import wandb_knows_me
 from accel_pretrain.shards import TokenSplit
 
 GB = 1e9
+HOST = 512 * 10**9  # bytes of main memory that a machine of a cluster may be taken to have
 FEW_PASSES, MANY_PASSES = 4, 40  # Muennighoff et al. 2023: as good as new data up to 4, worth nothing beyond 40
 
 
@@ -133,6 +135,11 @@ def space(o: Outlook) -> Findings:
     if free is not None and o.memory_needed > 0.95 * free:
         text = f"memory: about {o.memory_needed / GB:.1f} GB are needed, {free / GB:.1f} GB are free on {o.machine.name}"  # type: ignore[union-attr]
         yield Finding("memory", text, smaller(o, free))
+    host = o.machine.host if o.machine else None
+    if o.host_memory > (host or HOST):
+        whose = f"{host / GB:.1f} GB are free here" if host else "more than machines usually have"
+        text = f"memory: to save, rank 0 gathers {o.host_memory / GB:.1f} GB of weights and moments in main memory; {whose}"
+        yield Finding("memory_to_save", text, "type a smaller --d_model, or give the machine of rank 0 as much")
     disk = o.checkpoints_kept * o.checkpoint
     if o.disk_free is not None and disk > o.disk_free:
         keep = max(1, o.disk_free // o.checkpoint - 2)
@@ -168,7 +175,7 @@ def saving(o: Outlook) -> Findings:
             text = f"checkpoint.checkpoint_interval {config.checkpoint_interval}: a crash can lose {lost:.1f} hours"
             updates = max(1, int(1800 / o.pace.seconds))
             yield Finding("checkpoint_rare", text, f"type --checkpoint_interval {updates}")
-    if config.resume_from in ("never", None):
+    if config.resume_from in ("never", None) and not is_restart():
         held = sorted(path.name for path in config.checkpoint_dir.glob("checkpoint_*"))
         if held:
             text = f"checkpoint.resume_from never: {config.checkpoint_dir} holds {held[-1]}, so the run will not start"

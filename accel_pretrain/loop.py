@@ -258,7 +258,7 @@ def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
 
     facts = {
         "world_size": run.plan.world_size, "tokens_per_step": run.plan.tokens_per_step,
-        "data_fingerprint": run.splits.train.fingerprint,
+        "data_fingerprint": run.splits.train.fingerprint, "precision": run.accelerator.mixed_precision,
         "tokenizer_fingerprint": (run.splits.train.tokenizer or {}).get("fingerprint"),
         "config_sha256": hashlib.sha256(to_yaml(run.config).encode()).hexdigest(),
     }  # fmt: skip

@@ -78,6 +78,15 @@ class Outlook:
         return self.memory.total + CONTEXT_BYTES
 
     @property
+    def host_memory(self) -> int:
+        """Bytes that rank 0 needs in main memory to save: of a sharded run, all weights and moments in float32, for everybody.
+
+        0 where each process holds everything anyway. See :class:`accel_pretrain.saver.Gathered`.
+        """
+        sharded = self.load.strategy != "ddp" and self.load.world_size > 1
+        return 4 * (1 + self.load.moments) * self.plan.parameters if sharded else 0
+
+    @property
     def checkpoint(self) -> int:
         return checkpoint_bytes(self.load)
 

@@ -1,4 +1,7 @@
-"""Where the numbers of a run live on several devices: whole on each of them, or a share on each. The results are the same.
+"""Where the numbers of a run live on several devices: whole on each of them, or a share on each.
+
+The results are the same in float32, up to the order of sums. Under bf16 they are not quite: the sharded strategies round the
+weights of the norms inside blocks to bfloat16 as well, which ddp leaves in float32.
 
 | strategy | weights | gradients | optimizer state | sent per update |
 |---|---|---|---|---|
@@ -35,7 +38,7 @@ State = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """What each of several processes holds. The numbers do not depend on it."""
+    """What each of several processes holds. The numbers do not depend on it, but for norms under bf16: see this module."""
 
     strategy: Literal["ddp", "zero2", "fsdp2"] | None = option(
         None, "ddp: all on each process; zero2, fsdp2: a share each; null: what the launcher asks for, else ddp"

@@ -218,6 +218,10 @@ def _memory(o: Outlook) -> list[str]:
     state = "not known" if free is None else f"{_gb(free)}: {'fits' if o.memory_needed <= 0.95 * free else 'DOES NOT FIT'}"
     around = "with the heap's holes" if o.load.device == "cpu" else "with CUDA's context"
     rows.append(_row("  needed", f"{_gb(o.memory_needed)} {around}; free on {where}: {state}"))
+    if o.host_memory:
+        rows.append(
+            _row("  to save", f"{_gb(o.host_memory)} of main memory on the machine of rank 0, which gathers all shares")
+        )
     return rows
 
 
@@ -304,7 +308,7 @@ def as_json(o: Outlook, found: list[Finding]) -> dict[str, Any]:
         },
         "memory": {
             "peak": o.memory.total, "moment": o.memory.moment, "parts": o.memory.parts, "needed": o.memory_needed,
-            "free": o.machine.memory if o.machine else None,
+            "free": o.machine.memory if o.machine else None, "to_save": o.host_memory,
         },
         "disk": {"checkpoint": o.checkpoint, "checkpoints": o.checkpoints_kept, "free": o.disk_free},
         "time": {

@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -28,12 +27,13 @@ from accelerate.utils import (
 )
 
 from accel_pretrain.errors import ConfigError, refuse
-from accel_pretrain.launch_checks import launch_notices, refuse_missing_processes, settle_launch
-from accel_pretrain.launchers import launched, machines, meeting, meeting_place, sharding_asked_for
+from accel_pretrain.launch_checks import launch_notices, refuse_missing_processes, refuse_recomputing, settle_launch
+from accel_pretrain.launchers import asked_alone, launched, machines, meeting, meeting_place, sharding_asked_for, typed_numbers
 from accel_pretrain.models.recompute import Level
 from accel_pretrain.parallel import ParallelConfig, build_plugin, insist, strategy_of
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
+from accel_pretrain.watchdog import patience
 
 _PRECISIONS = {"no": "no", "float32": "no", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
 
@@ -122,8 +122,6 @@ def build_accelerator(
         torch.set_num_threads(_threads(training.cpu_threads))
     else:
         torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
-    # Longer than the watchdog of any process waits, so that it is the one to say where a run hangs.
-    timeout = timedelta(seconds=3 * (training.hang_timeout or 24 * 3600) + 60)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset", category=UserWarning)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
@@ -138,7 +136,7 @@ def build_accelerator(
             ),
             kwargs_handlers=[
                 ddp_settings(training, cpu, sharded=plugin is not None),
-                InitProcessGroupKwargs(timeout=timeout, init_method=meeting_place()),
+                InitProcessGroupKwargs(timeout=patience(training.hang_timeout), init_method=meeting_place()),
             ],
             fsdp_plugin=plugin,
             log_with=[*log_with] or None,
@@ -174,6 +172,7 @@ def _sharding(
     strategy = asked if asked is not None and processes > 1 else "ddp"
     offload = asked_offload if parallel.cpu_offload is None else parallel.cpu_offload
     sharded = strategy != "ddp"
+    refuse_recomputing(training.activation_checkpointing)
     refuse(
         (sharded and precision == "fp16", f"training.mixed_precision: {strategy} knows no fp16; type --mixed_precision bf16"),
         (
@@ -221,12 +220,15 @@ def _use_cpu(wanted: str) -> bool:
 def resolve_precision(training: TrainingConfig, cpu: bool) -> tuple[str, str]:
     """The precision in Accelerate's words, and who decided it: the config, the launcher, or the device.
 
-    ``accelerate launch`` exports ``no`` for everyone who has not said anything: that decides nothing.
+    ``accelerate launch`` exports ``no`` for everyone who has not said anything, and its config files hold it unasked: that
+    decides nothing. ``--mixed_precision no`` on its command line does: it is float32.
     """
     if training.mixed_precision is not None:
         return _PRECISIONS[training.mixed_precision], "config"
     if (launcher := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         return launcher, "launcher"
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and typed_numbers() == "no":
+        return "no", "launcher"
     capable = _cpu_has_bf16() if cpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return ("bf16" if capable else "no"), "device"
 
@@ -276,8 +278,10 @@ def describe_runtime(accelerator: Accelerator, training: TrainingConfig, paralle
     line = f"Device: {device} ({name}) | {processes} | Precision: {shown} (from the {source})"
     if accelerator.is_fsdp2:
         line += f" | Sharded: {strategy_of(accelerator)} (from the {'config' if parallel.strategy else 'launcher'})"
-    elif parallel.strategy in ("zero2", "fsdp2") and accelerator.num_processes == 1:
-        line += f" | Not sharded: {parallel.strategy} needs more than one process"
+        if parallel.cpu_offload and device.type == "cpu":
+            line += "\nNotice: parallel.cpu_offload has no effect on a CPU, where the shares are in host memory already"
+    elif accelerator.num_processes == 1 and (strategy := parallel.strategy or asked_alone()) not in (None, "ddp"):
+        line += f" | Not sharded: {strategy} needs more than one process"
     return "\n".join([line, *(f"Notice: {notice}" for notice in launch_notices())])
 
 

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from accel_pretrain import lock
 from accel_pretrain.errors import ConfigError, LockedError, PeerError, PretrainError, StorageError, exit_code_of
+from accel_pretrain.peers import timeout_of
 from accel_pretrain.redaction import redact
 from accel_pretrain.runtime import together
 from accel_pretrain.status import STATUS, RunStatus, record_failure, record_loss
@@ -87,7 +88,7 @@ def session(accelerator: Accelerator, run_dir: Path, watchdog: Watchdog) -> Iter
     # Trackers after the status, which must be true even if they hang.
     with (
         _others(accelerator, run_dir),
-        StopSignal() as stop,
+        StopSignal(timeout_of(accelerator)) as stop,
         _held(accelerator, run_dir, watchdog),
         contextlib.ExitStack() as afterwards,
         RunStatus(run_dir if main else None) as status,

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -36,10 +37,12 @@ class StopSignal:
     """Remembers that a signal came, so that the loop can finish its update, save, and leave.
 
     The handler only sets a flag. Signals that follow within a second count as the same wish (launchers pass them on twice).
-    ``leaving`` is called with the exit code when a second one ends the process at once.
+    ``leaving`` is called with the exit code when a second one ends the process at once. ``timeout`` is how long processes
+    wait for each other when they are asked (None: torch's 30 minutes): one may be saving meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        self._timeout = timeout
         self.signal: int | None = None
         self.leaving: Callable[[int], object] = lambda code: None
         self.clock: Callable[[], bool] = lambda: False  # whether this process's clock says that it is time to save
@@ -87,7 +90,7 @@ class StopSignal:
             self.save_due = self.clock()
             return self.signal is not None
         if self._control is None:  # on the CPU, so that asking never waits for a GPU
-            self._control = dist.new_group(backend="gloo")
+            self._control = dist.new_group(backend="gloo", timeout=self._timeout)
         # The death of a launcher counts less than any signal: it may have died of that one.
         wish = -1 if self.signal is None else 0 if self.signal == _ORPHANED else self.signal
         told = torch.tensor([wish, int(self._elapsed * 1e6), int(self.clock())])

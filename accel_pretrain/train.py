@@ -30,8 +30,8 @@ from accel_pretrain.data import TokenBatches
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
 from accel_pretrain.guard import Guard
-from accel_pretrain.history import record_start
-from accel_pretrain.launchers import is_restart
+from accel_pretrain.history import read_starts, record_start
+from accel_pretrain.launchers import is_restart, is_restart_of
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
 from accel_pretrain.machines import refuse_differences, refuse_other_folders
@@ -121,7 +121,8 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
     with watched(accelerator, run_dir, config.training.hang_timeout) as watchdog:
         say("Loading data with memory mapping...")
         splits = open_splits(config.data)
-        plan = make_plan(config, splits, accelerator.num_processes)
+        with Peers(accelerator).once():
+            plan = make_plan(config, splits, accelerator.num_processes)
         if only_print:
             found = notices(config, plan, splits, cpu=accelerator.device.type == "cpu")
             say("\n".join([f"{to_yaml(config)}\n# plan\n{plan.describe()}", *(f"notice: {notice}" for notice in found)]))
@@ -205,7 +206,7 @@ def prepare_run_directory(accelerator: Accelerator, config: RunConfig, plan: Pla
             sweep(run_dir)
             found[0] = find_checkpoint(config)
             if found[0] is not None:
-                check_compatible(config, plan, splits, found[0])
+                check_compatible(config, plan, splits, found[0], accelerator.mixed_precision)
             for path in go_back(run_dir, found[0]) if found[0] is not None else ():
                 print(f"set aside {path.name}, which is newer than the checkpoint to go on from")
             write_whole(run_dir / "config.yaml", to_yaml(config).encode())
@@ -233,6 +234,11 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         return resolve(place)
     newest = find_newest(run_dir, quarantine=True)
     if newest is not None and wanted != "auto":
+        # A restart of the run that has begun here. One of a start that was refused below is refused again.
+        before = [start.get("launch") for start in read_starts(run_dir)[-1:]]
+        if any(isinstance(launch, dict) and is_restart_of(launch) for launch in before):
+            print(f"going on with {newest.name}: an automatic restart of a run that has begun with --resume_from never")
+            return newest
         raise CheckpointError(
             f"{run_dir} already holds {newest.name}; type --resume_from auto to go on with it, or another --checkpoint_dir"
         )
@@ -248,8 +254,11 @@ def _began_with(run_dir: Path, place: Path) -> bool:
     return before is not None and Path(before).expanduser().resolve() == place.resolve()
 
 
-def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: Path) -> None:
-    """Refuse to go on with another model, data, order or optimizer; say which other settings have changed since."""
+def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: Path, precision: str) -> None:
+    """Refuse to go on with another model, data, order or optimizer; say which other settings have changed since.
+
+    ``precision`` is the one in force, in Accelerate's words: where nobody has chosen one, it is another on another processor.
+    """
     require_optimizer(checkpoint)
     read_state(checkpoint)  # what does not count is refused before anything is moved for it
     saved, now = flat(load(RunConfig, checkpoint / "config.yaml")), flat(config)
@@ -269,17 +278,19 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     tokenizer = (splits.train.tokenizer or {}).get("fingerprint")
     if facts.get("tokenizer_fingerprint", tokenizer) != tokenizer:
         problems.append(f"data.train_data_path: {checkpoint.name} was trained with another tokenizer")
-    before = facts.get("tokens_per_step", plan.tokens_per_step) // config.model.context_length
-    if before != plan.samples_per_step and not config.checkpoint.allow_batch_change:
+    batch = facts.get("tokens_per_step", plan.tokens_per_step) // config.model.context_length
+    if batch != plan.samples_per_step and not config.checkpoint.allow_batch_change:
         problems.append(
-            f"training.global_batch_size: {checkpoint.name} has {before} sequences per update, this is {plan.samples_per_step};"
-            f" type --global_batch_size {before} for any number of processes, or --allow_batch_change true to change the curve"
+            f"training.global_batch_size: {checkpoint.name} has {batch} sequences per update, this is {plan.samples_per_step};"
+            f" type --global_batch_size {batch} for any number of processes, or --allow_batch_change true to change the curve"
         )
     if problems:
         raise ConfigError([*problems, "to start afresh instead, type another --checkpoint_dir"])
     for key, (old, new) in changed.items():
         if not key.startswith(("logging.", "checkpoint.")):
             print(f"changed since {checkpoint.name}: {key} {old} -> {new}")
+    if (before := facts.get("precision", precision)) != precision and "training.mixed_precision" not in changed:
+        print(f"changed since {checkpoint.name}: the precision {before} -> {precision}; --mixed_precision {before} keeps it")
 
 
 def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notice: str | None) -> None:

@@ -15,12 +15,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 HANG = 75  # the exit code: a temporary failure, in the words of sysexits.h
 _TICK = 0.5
 # What may take longer than an update by its nature: reading and hashing all data, compiling, writing to a slow disk.
 _PATIENT = {"start": 3, "first update": 3, "save": 3, "rollback": 3}
+
+
+def patience(hang_timeout: float | None) -> timedelta:
+    """How long the processes of a run wait for each other's messages: longer than the watchdog of any waits in any phase.
+
+    So it is the watchdog that says where a run hangs, and a save that takes long ends nothing. Without one: three days.
+    """
+    return timedelta(seconds=max(_PATIENT.values()) * (hang_timeout or 24 * 3600) + 60)
 
 
 class Watchdog:

@@ -141,12 +141,12 @@ def test_the_recorded_config_loads_back_equal_with_absolute_paths(tmp_path: Path
         (
             "--batch_size 4 --global_batch_size 10",
             "training.global_batch_size: 10 is not a multiple of batch_size 4 x 1 processes = 4; "
-            "try --global_batch_size 8 or 12, or --batch_size 5",
+            "try --batch_size 5, or in a new run --global_batch_size 8 or 12",
         ),
         (
             "--global_batch_size 32 --batch_size 64",
             "training.global_batch_size: 32 is not a multiple of batch_size 64 x 1 processes = 64; "
-            "try --global_batch_size 64, or --batch_size 32",
+            "try --batch_size 32, or in a new run --global_batch_size 64",
         ),
         (
             "--global_batch_size 64 --gradient_accumulation_steps 1",
@@ -163,6 +163,18 @@ def test_settings_that_contradict_each_other(words: str, message: str):
     with pytest.raises(ConfigError) as caught:
         plan_of(words)
     assert caught.value.message == message
+
+
+def test_what_to_do_when_one_of_four_machines_is_lost():
+    """Another batch is refused when a run goes on: other numbers of processes come first."""
+    words = "--global_batch_size 32 --batch_size 4"
+    with pytest.raises(ConfigError) as caught:
+        plan_of(words, world_size=3)
+
+    assert "= 12; try 1 or 2 or 4 processes, or in a new run --global_batch_size 24 or 36" in caught.value.message
+    assert {count: plan_of(words, world_size=count).samples_per_step for count in (1, 2, 4)} == dict.fromkeys((1, 2, 4), 32)
+    with pytest.raises(ConfigError, match=r"= 15; try --batch_size 1, or in a new run"):
+        plan_of("--global_batch_size 33 --batch_size 5", world_size=3)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from accel_pretrain.checkpoint import load_model, read_state
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.parallel import ParallelConfig
-from accel_pretrain.runtime import TrainingConfig, _sharding
+from accel_pretrain.runtime import TrainingConfig, _sharding, describe_runtime
 from tests.processes import leave_nothing_running, saved_step, start, status, until, updates  # noqa: F401
 from tests.running import (
     REPO,
@@ -206,4 +208,26 @@ def test_a_launcher_that_asks_for_the_old_fsdp_is_refused(
     assert "version 1 of FSDP; type --fsdp_version 2" in refused(main, capsys, *asked)
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert main([*asked, "--max_iters", "1"]) == 0  # a process alone holds everything
-    assert "Sharded" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Sharded" not in said
+    assert " | Not sharded: fsdp2 needs more than one process\n" in said
+
+
+def test_recomputing_that_the_launcher_asks_for_is_not_left_out_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")
+    with pytest.raises(ConfigError, match=r"fsdp_activation_checkpointing, .*; set it to false, or type --activation_check"):
+        _sharding(ParallelConfig(), TrainingConfig(), "no", 2, cpu=True)
+    assert _sharding(ParallelConfig(), TrainingConfig(activation_checkpointing="selective"), "no", 2, cpu=True) is not None
+
+
+def test_host_memory_for_shares_that_are_there_already_is_told() -> None:
+    sharded: Any = SimpleNamespace(
+        is_fsdp2=True, num_processes=2, device=torch.device("cpu"),
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(reshard_after_forward=True)),
+    )  # fmt: skip
+    told = "\nNotice: parallel.cpu_offload has no effect on a CPU"
+    assert told in describe_runtime(sharded, TrainingConfig(), ParallelConfig(strategy="fsdp2", cpu_offload=True))
+    assert told not in describe_runtime(sharded, TrainingConfig(), ParallelConfig(strategy="fsdp2"))

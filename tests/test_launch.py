@@ -189,6 +189,13 @@ def test_tasks_of_srun_are_one_run(dataset: Path, tmp_path: Path, run_train: Any
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "one"), atol=1e-6, rtol=0)
 
 
+def test_what_all_processes_refuse_is_said_once(dataset: Path, tmp_path: Path) -> None:
+    first, second = srun([words(dataset, tmp_path / "run", "--global_batch_size", "7")] * 2)
+    output = said(first, 2) + said(second, 2)
+    assert output.count("7 is not a multiple of batch_size 4 x 2 processes") == 1
+    assert output.count("error") == 1
+
+
 @pytest.mark.network
 def test_tasks_that_were_told_different_things_are_refused(dataset: Path, tmp_path: Path) -> None:
     """As where a command is typed on every machine, and a mistake on one."""
@@ -244,6 +251,7 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "unset it, and type --gradient_accumulation_steps 4"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8 is not supported; type --mixed_precision bf16"),
         (SLURM_TASK | {"WORLD_SIZE": "16"}, "srun started 5 tasks, but WORLD_SIZE=16 is set; type: unset WORLD_SIZE"),
+        (SLURM_TASK | {"RANK": "0"}, "srun started 5 tasks, of which this is number 3, but RANK=0 is set; type: unset RANK"),
         (
             SLURM_TASK | {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "1"},
             "srun started 5 launchers that do not know of each other; type: srun --ntasks-per-node 1 bash -c",
@@ -262,12 +270,30 @@ def test_what_the_environment_says_behind_our_back_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "3"}, "but RANK=3 is set; type: unset RANK"),  # the same leftover in the task that has it right
+        ({"WORLD_SIZE": "5", "RANK": "3", "LOCAL_RANK": "0"}, "but LOCAL_RANK=0 is set; type: unset LOCAL_RANK"),
+    ],
+)
+def test_a_rank_that_srun_did_not_give_is_refused_in_every_task(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in (SLURM_TASK | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        settle_launch(cpu=True)
+
+
+@pytest.mark.parametrize(
     "variables",
     [
         {},
         {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},  # one replica of Kubernetes
         {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_DEEPSPEED": "false"},
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        SLURM_TASK | {"WORLD_SIZE": "5"},
+        SLURM_TASK | {"WORLD_SIZE": "5", "RANK": "3", "LOCAL_RANK": "1"},
         SLURM_TASK | {"SLURM_STEP_NUM_TASKS": "1"},
         SLURM_TASK | {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "5"},
         SLURM_TASK | {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "2"},

@@ -114,6 +114,8 @@ MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
     ("batch_could_grow", f"{BIG} --batch_size 1 --gradient_accumulation_steps 64", {"machine": GPU}),
     ("compile_off", f"{BIG} --max_iters 1000000 --compile false", {"machine": GPU}),
     ("memory", BIG, {"machine": SMALL_GPU}),
+    ("memory_to_save", f"{BIG} --strategy fsdp2 --d_model 8192 --num_heads 64 --num_layers 200", {"world_size": 512}),
+    ("memory_to_save", f"{BIG} --strategy fsdp2", {"world_size": 2, "machine": dataclasses.replace(GPU, host=10**8)}),
     ("disk", BIG, {"disk_free": 10**9}),
     ("keep_one", f"{BIG} --keep_last 1 --save_best false", {}),
     ("checkpoint_rare", BIG, {"pace": 2.0}),

@@ -65,6 +65,9 @@ def test_without_data_for_512_machines_that_are_not_here(capsys: pytest.CaptureF
     assert found["time"]["cost"] == pytest.approx(2 * 512 * hours)
     sharded = as_object(capsys, *words, "--strategy", "fsdp2")
     assert sharded["memory"]["parts"]["optimizer"] < found["memory"]["parts"]["optimizer"] / 500
+    assert sharded["memory"]["to_save"] == 12 * 124_439_808
+    assert found["memory"]["to_save"] == 0
+    assert "1.49 GB of main memory on the machine of rank 0" in printed(capsys, *words, "--strategy", "fsdp2")
     assert set(sharded["time"]["sent"]) == {"weights (all-gather)", "gradients (reduce-scatter)"}
     assert "of what single devices do" in printed(capsys, *words)
 

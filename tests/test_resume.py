@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from accel_pretrain.launchers import is_restart_of, launch
 from tests.running import TINY, Train, assert_same_bits, losses, newest, reseal, rows, run_processes
 
 PARTS = ("--checkpoint_interval", "5", "--dropout", "0.1", "--gradient_accumulation_steps", "2", "--max_iters", "10")
@@ -180,6 +183,53 @@ def test_a_restart_goes_on_and_only_a_person_goes_back(
     for _ in range(2):
         assert run_train(tmp_path, "--max_iters", "11", *words) == 0
     assert len(list(tmp_path.glob("set_aside_*"))) == 3
+
+
+def test_never_holds_for_a_person_and_not_for_a_restart(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a restart of a start that was refused is refused too: it would go on with a run that was not to be touched."""
+    never = ("--resume_from", "never")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert run_train(tmp_path, "--max_iters", "2", *never) == 0
+    assert run_train(tmp_path, "--max_iters", "3", *never) == 2
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_train(tmp_path, "--max_iters", "3", *never) == 0
+    said = capsys.readouterr().out
+    assert "going on with checkpoint_00000002: an automatic restart of a run" in said
+    assert "will not start" not in said
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    assert run_train(tmp_path, "--max_iters", "4", *never) == 2
+    assert "already holds checkpoint_00000003" in capsys.readouterr().err
+
+
+def test_another_precision_that_nobody_chose_is_told(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a run moves to a processor that has bf16."""
+    told = "changed since checkpoint_00000001: the precision no -> bf16; --mixed_precision no keeps it"
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert run_train(tmp_path, "--max_iters", "1", "--mixed_precision", "null") == 0
+    assert run_train(tmp_path, "--max_iters", "1", "--mixed_precision", "null") == 0
+    assert "the precision" not in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert run_train(tmp_path, "--max_iters", "1", "--mixed_precision", "null") == 0
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("run_id", ["none", "c0ffee"])  # as accelerate launch and torchrun --standalone have it
+def test_which_launcher_has_started_a_run_again(monkeypatch: pytest.MonkeyPatch, run_id: str) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert launch() == {"slurm": None, "elastic": None}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    before = launch()
+    assert not is_restart_of(before)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert is_restart_of(before)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert is_restart_of(before) is (run_id != "none")
+    assert not is_restart_of({})
 
 
 def test_a_run_that_began_with_another_runs_checkpoint_goes_on(

@@ -69,6 +69,22 @@ def test_precision_is_the_configs_else_the_launchers_else_the_devices(
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("accelerate launch --mixed_precision no -m accel_pretrain.train", ("no", "launcher")),
+        ("python /bin/accelerate launch --mixed-precision=no -m accel_pretrain.train", ("no", "launcher")),
+        ("accelerate launch -m accel_pretrain.train", ("bf16", "device")),
+        ("bash run.sh --mixed_precision no", ("bf16", "device")),
+    ],
+)
+def test_a_no_that_somebody_has_typed_counts(monkeypatch: pytest.MonkeyPatch, words: str, expected: tuple[str, str]) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(launchers, "parent_command", words.split)
+    assert resolve_precision(TrainingConfig(), cpu=True) == expected
+
+
+@pytest.mark.parametrize(
     ("wanted", "device", "flops", "expected"),
     [
         (None, "cpu", 9e14, False),
