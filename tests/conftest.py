@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +28,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fresh_process_state() -> Iterator[None]:
-    """Accelerate keeps its state for the life of a process; a test must not see another's."""
-    threads = torch.get_num_threads()
+    """Accelerate keeps its state for the life of a process, and srun's tasks get variables; a test must not see another's."""
+    threads, variables = torch.get_num_threads(), dict(os.environ)
     yield
+    if os.environ != variables:
+        os.environ.clear()
+        os.environ.update(variables)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     torch.set_num_threads(threads)
