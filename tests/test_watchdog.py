@@ -63,7 +63,7 @@ def test_silence_ends_the_process_with_the_stacks_of_its_threads(tmp_path: Path)
     _, errors = beating(tmp_path, "1", "30", "hang").communicate(timeout=20)
     assert 1.0 < time.monotonic() - began < 5.0
     assert re.fullmatch(
-        r"error: nothing moved for [12] s in the phase 'update' \(rank 3\); .*hang_rank3.txt; --hang_timeout .*\n", errors
+        r"error: nothing moved for [1-9] s in the phase 'update' \(rank 3\); .*hang_rank3.txt; --hang_timeout .*\n", errors
     )
     stacks = (tmp_path / "hang_rank3.txt").read_text()
     assert "in nothing_moves" in stacks
@@ -120,7 +120,7 @@ def test_a_run_that_hangs_ends_with_75_and_says_where(dataset: Path, tmp_path: P
     process = start(sabotaged("hang", "0", "4", *arguments(dataset, tmp_path, "--hang_timeout", "2")))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == HANG
-    assert "error: nothing moved for 2 s in the phase 'update' (rank 0)" in output
+    assert re.search(r"error: nothing moved for [2-9] s in the phase 'update' \(rank 0\)", output)
     assert "Traceback" not in output
     assert "in wait_for_ever" in (tmp_path / "hang_rank0.txt").read_text()
     said = status(tmp_path)
