@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from accelerate.tracking import GeneralTracker
 
-START = 30.0  # seconds that a run waits for its trackers to start, all together
+AWAITED, START = 5.0, 40.0  # seconds that a run waits for its trackers to start, and that they have for it
 _ROWS = 2000  # calls that may wait
 _log = logging.getLogger(__name__)
 
@@ -27,36 +27,47 @@ class Outbox:
         self.name, self.tracker = name, None
         self.open = True  # takes calls
         self._make, self._gave_up = make, threading.Lock()
-        self._started = threading.Event()
+        self._started, self._begin = threading.Event(), time.monotonic()
         self._calls: queue.Queue[Callable[[GeneralTracker], object] | None] = queue.Queue(_ROWS)
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
     tracker: GeneralTracker | None  # once it has started
 
-    def wait_for_start(self, until: float) -> None:
-        """Until it has started or failed; later than ``until`` (of :func:`time.monotonic`) it is given up."""
-        if not self._started.wait(max(0.0, until - time.monotonic())):
-            self._give_up(f"did not start within {START:.0f} s")
+    def wait_for_start(self) -> None:
+        """For a moment: most trackers fail soon if they do, and people want to know at the beginning."""
+        self._started.wait(max(0.0, self._begin + AWAITED - time.monotonic()))
 
     def send(self, call: Callable[[GeneralTracker], object]) -> None:
         """Let ``call`` be made when those before it are done. Returns at once."""
+        if self._is_late:
+            self._give_up(f"did not start within {START:.0f} s")
         if self.open:
             try:
                 self._calls.put_nowait(call)
             except queue.Full:
                 self._give_up(f"does not answer: {_ROWS} calls wait")
 
-    def close(self, until: float) -> None:
-        """Let the tracker have what is left, and finish; later than ``until`` it is given up."""
+    def finish(self) -> None:
+        """Let the tracker finish when it has what was sent. Returns at once."""
+        with contextlib.suppress(queue.Full):  # then it hangs, and :meth:`join` gives it up
+            self._calls.put_nowait(None)
+
+    def join(self, until: float) -> None:
+        """Wait until it has; later than ``until`` (of :func:`time.monotonic`) it is given up."""
         if not self.open:
             return
-        with contextlib.suppress(queue.Full):  # then it hangs, and is given up below
-            self._calls.put_nowait(None)
-        self._thread.join(max(0.0, until - time.monotonic()))
+        self._started.wait(max(0.0, min(self._begin + START, until) - time.monotonic()))
+        if started := self._started.is_set():
+            self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            self._give_up("did not finish in time; what it has not sent is lost, metrics.jsonl has it")
+            what = "finish" if started else "start"
+            self._give_up(f"did not {what} in time; what it has not sent is in metrics.jsonl alone")
         self.open = False
+
+    @property
+    def _is_late(self) -> bool:
+        return not self._started.is_set() and time.monotonic() > self._begin + START
 
     def _work(self) -> None:
         try:

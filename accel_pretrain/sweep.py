@@ -55,7 +55,7 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         refuse(
-            ((self.trials or 1) < 1, f"trials: must be at least 1, got {self.trials}"),
+            (self.trials is not None and self.trials < 1, f"trials: must be at least 1, got {self.trials}"),
             (self.sweep_seed < 0, f"sweep_seed: must not be negative, got {self.sweep_seed}"),
         )
 
@@ -151,7 +151,7 @@ def make_sweep(line: CommandLine, parameters: Sequence[str]) -> Sweep:
     )
     open_splits(config.data)
     file = ["--config", str(line.config)] if line.config else []
-    own = ("sweep.", "checkpoint.checkpoint_dir")
+    own = ("sweep.", "checkpoint.checkpoint_dir", *space)
     base = [*file, *(f"--{key}={entry.raw}" for key, entry in line.overrides if not key.startswith(own))]
     start = shlex.split(options.launcher) if options.launcher else [sys.executable]
     wanted = options.trials or (size if method == "grid" and size is not None else 20)

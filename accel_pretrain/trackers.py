@@ -104,10 +104,8 @@ class RunLog:
             return
         flat = _flat(settings)
         self._outboxes = [Outbox(name, make) for name, make in self._makers(config, flat)]
-        until = time.monotonic() + START
         for outbox in self._outboxes:
-            outbox.wait_for_start(until)
-        self._accelerator.trackers = [outbox.tracker for outbox in self._outboxes if outbox.open and outbox.tracker]
+            outbox.wait_for_start()
 
     def _makers(self, config: LoggingConfig, settings: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], GeneralTracker]]]:
         """For each tracker its name, and what makes it, starts it and tells it the ``settings``."""
@@ -128,7 +126,8 @@ class RunLog:
 
     def _wandb_options(self, config: LoggingConfig) -> dict[str, Any]:
         """For ``wandb.init``: it must not wait long for a network that is not there, and never for a person to type a key."""
-        options = {"name": config.wandb_run_name, "dir": str(self._run_dir), "settings": {"init_timeout": START - 10}}
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # wandb's own reports to its makers
+        options = {"name": config.wandb_run_name, "dir": str(self._run_dir), "settings": {"init_timeout": START / 2}}
         if not wandb_knows_me():
             sync = f"wandb login; wandb sync {self._run_dir / 'wandb'}/offline-run-*"
             _log.warning("wandb knows no key on this machine, so the run is recorded here; to send it: %s", sync)
@@ -159,7 +158,7 @@ class RunLog:
             self._bar.set_postfix_str(shown, refresh=False)
         if self._outboxes:
             row = {**metrics, "tokens": tokens}
-            self._tell(lambda tracker: tracker.log(row, step=step))
+            self.tell(lambda tracker: tracker.log(row, step=step))
 
     def rewind(self, step: int) -> None:
         """Take back what was reported of later updates, which are about to happen again; trackers keep what they have."""
@@ -176,9 +175,10 @@ class RunLog:
         for prompt, text in texts:
             self.line(f"Sample at iteration {step}: {_on_one_line(prompt + text)}")
             self._samples.write({"step": step, "prompt": prompt, "text": text})
-        self._tell(lambda tracker: _track_samples(tracker, step, texts))
+        self.tell(lambda tracker: _track_samples(tracker, step, texts))
 
-    def _tell(self, call: Callable[[GeneralTracker], object]) -> None:
+    def tell(self, call: Callable[[GeneralTracker], object]) -> None:
+        """Let ``call`` be made with each tracker, later and by another thread: what it uses must not change any more."""
         for outbox in self._outboxes:
             outbox.send(call)
 
@@ -190,17 +190,19 @@ class RunLog:
             self._file = self._samples = None
         until = time.monotonic() + patience
         for outbox in self._outboxes:
-            outbox.close(until)
-        self._outboxes, self._accelerator.trackers = [], []  # finished; Accelerate's end_training would do it again
+            outbox.finish()
+        for outbox in self._outboxes:
+            outbox.join(until)
+        self._outboxes = []
 
 
 def _postfix(metrics: Mapping[str, float]) -> str:
     """What the progress bar shows of a row, if it is one of training; the bar itself knows how long it will take."""
     if "train/loss" not in metrics:
         return ""
-    mfu = f"{metrics['train/mfu']:.1%}" if "train/mfu" in metrics else "n/a"
-    speed = f"{metrics['train/tokens_per_sec']:,.0f} tokens/s"
-    return f"loss {metrics['train/loss']:.3f}, LR {metrics['train/learning_rate']:.2e}, {speed}, MFU {mfu}"
+    mfu = f"{metrics['train/mfu']:.0%}" if "train/mfu" in metrics else "n/a"
+    speed = tqdm.format_sizeof(metrics["train/tokens_per_sec"])
+    return f"loss {metrics['train/loss']:.3f}, LR {metrics['train/learning_rate']:.1e}, {speed} tokens/s, MFU {mfu}"
 
 
 def _on_one_line(text: str) -> str:
