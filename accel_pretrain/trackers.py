@@ -40,7 +40,7 @@ class LoggingConfig:
     trackers: tuple[str, ...] = option((), "Accelerate trackers by name: wandb, tensorboard, trackio, mlflow, ...")
     use_wandb: bool = option(False, "the same as naming wandb in trackers")
     wandb_project: str = option("transformer-lm", "project, for trackers that have projects")
-    wandb_run_name: str | None = option(None, "run name in wandb; null: wandb chooses")
+    wandb_run_name: str | None = option(None, "run name in wandb, trackio and mlflow; null: they choose")
     sample_interval: int | None = option(None, "updates between generated samples; null: none")
     sample_prompt: str = option("", "what the samples continue; empty: a new document")
     sample_prompts: tuple[str, ...] = option((), "several of them, in place of sample_prompt")
@@ -109,7 +109,14 @@ class RunLog:
 
     def _makers(self, config: LoggingConfig, settings: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], GeneralTracker]]]:
         """For each tracker its name, and what makes it, starts it and tells it the ``settings``."""
-        options = {"wandb": self._wandb_options(config)} if "wandb" in map(str, self._accelerator.log_with) else {}
+        options: dict[str, dict[str, Any]] = {
+            "trackio": {"name": config.wandb_run_name},
+            "mlflow": {"run_name": config.wandb_run_name},
+            "dvclive": {"dir": str(self._run_dir / "dvclive")},  # else both would write into the current folder
+            "swanlab": {"logdir": str(self._run_dir / "swanlog")},
+        }
+        if "wandb" in map(str, self._accelerator.log_with):
+            options["wandb"] = self._wandb_options(config)
         for wanted in self._accelerator.log_with:
 
             def make(wanted: Any = wanted) -> GeneralTracker:
@@ -230,5 +237,6 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
+            value = "null" if value is None else value
             flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
     return flat

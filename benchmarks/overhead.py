@@ -10,7 +10,7 @@ what other processes do, but it does feel their use of the caches, so the figure
 (the quiet updates). A second bare loop in the same turns shows what the measurement itself is worth.
 
 Then what reporting costs: a row of metrics to the terminal (here a file), to ``metrics.jsonl`` and from ``/proc``, as
-:func:`accel_pretrain.loop.log_update` makes one every ``log_interval`` updates, against the update of this model; and the update of
+:func:`accel_pretrain.loop.log_update` makes one every ``log_interval`` updates, against the update of this model; and that of
 which it would be one percent.
 """
 
