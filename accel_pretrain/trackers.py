@@ -112,7 +112,10 @@ class RunLog:
         options: dict[str, dict[str, Any]] = {
             "trackio": {"name": config.wandb_run_name},
             "mlflow": {"run_name": config.wandb_run_name},
-            "dvclive": {"dir": str(self._run_dir / "dvclive")},  # else both would write into the current folder
+            "dvclive": {
+                "dir": str(self._run_dir / "dvclive"),
+                "save_dvc_exp": False,
+            },  # no commit of its own; else both would write into the current folder
             "swanlab": {"logdir": str(self._run_dir / "swanlog")},
         }
         if "wandb" in map(str, self._accelerator.log_with):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import http.server
 import importlib.util
 import io
 import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import termios
@@ -325,3 +328,90 @@ def test_prompts_are_one_or_several() -> None:
     with pytest.raises(ConfigError) as caught:
         LoggingConfig(sample_prompt="a", sample_prompts=("b",), sample_temperature=-1.0)
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["sample_temperature", "sample_prompts"]
+
+
+# ------------------------------------------------------------------------------------------------- the real ones, in trouble
+
+
+def warned(dataset: Path, folder: Path, *words: str, **variables: str) -> list[str]:
+    """The warnings of a real process that must train to its end."""
+    home = {f"WANDB_{name}_DIR": str(folder / "home") for name in ("CONFIG", "CACHE", "DATA")}
+    command = ["--train_data_path", str(dataset), "--checkpoint_dir", str(folder / "run"), *TINY, "--max_iters", "9", *words]
+    done = subprocess.run(
+        launch(command), env=environment(HOME=str(folder / "home"), WANDB_SILENT="true", **home, **variables), cwd=folder,
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert newest(folder / "run").name == "checkpoint_00000009"
+    assert [row["step"] for row in rows(folder / "run")] == [*range(1, 10), 9]
+    return [line for line in done.stderr.splitlines() if line.startswith(("WARNING", "ERROR", "Traceback"))]
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A server of wandb's that knows no such key."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b'{"errors": [{"message": "invalid api key", "code": 401}]}'
+        self.send_response(401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_wandb_with_a_wrong_key_costs_one_warning(dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="pip install 'accel_pretrain[track]'")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        found = warned(dataset, tmp_path, "--use_wandb", WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=url)
+        server.shutdown()
+    assert found == ["WARNING: tracker wandb failed and gets no more metrics: invalid api key"]
+
+
+@pytest.mark.slow
+def test_wandb_whose_server_is_down_costs_one_warning_and_a_bounded_time(dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="pip install 'accel_pretrain[track]'")
+    with socket.socket() as taken:  # a port on which nobody answers
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        found = warned(dataset, tmp_path, "--use_wandb", WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=url)
+    [line] = found
+    assert line.startswith("WARNING: tracker wandb failed and gets no more metrics: ")
+
+
+@pytest.mark.slow
+def test_wandb_without_a_key_records_here(dataset: Path, tmp_path: Path) -> None:
+    """It asks nobody for one, and says how to send what it has recorded."""
+    pytest.importorskip("wandb", reason="pip install 'accel_pretrain[track]'")
+    [line] = warned(dataset, tmp_path, "--use_wandb")
+    assert "wandb knows no key on this machine, so the run is recorded here; to send it: wandb login; wandb sync " in line
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk_for_a_tracker_costs_one_warning(dataset: Path, tmp_path: Path) -> None:
+    """That of metrics.jsonl has a test of its own; checkpoints are on another disk here."""
+    pytest.importorskip("tensorboard", reason="pip install 'accel_pretrain[track]'")
+    (full := tmp_path / "full").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        (full / "board").mkdir()
+        with contextlib.suppress(OSError), (full / "ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "transformer-lm").symlink_to(full / "board")
+        [line] = warned(dataset, tmp_path, "--trackers", "tensorboard")
+        assert line.startswith("WARNING: tracker tensorboard failed and gets no more metrics: ")
+    finally:
+        subprocess.run(["umount", str(full)], check=True)

@@ -37,7 +37,7 @@ CONSOLE = [
     r"Batch: 4 sequences x 1 micro-steps x 1 processes = 128 tokens per update",
     r"Max iterations: 3 \(.* passes over the data\)",
     r"-{80}",
-    r"Iter      1 \| Loss: 5\.\d{4} \| LR: \d\.\d\de-03 \| .*Time: [\d.]+ms \| Tokens/sec: \d+",
+    r"Iter      1 \| Loss: 5\.\d{4} \| LR: \d\.\d\de-03 \| .*Time: [\d.]+ms \| Tokens/sec: \d+ \| MFU: [\d.]+%",
     r"Iter      2 \| Loss: .*",
     r"-{80}",
     r"Evaluating at iteration 2\.\.\.",
