@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from accelerate.tracking import GeneralTracker
 
@@ -89,3 +89,15 @@ class Outbox:
                 _log.warning("tracker %s failed and gets no more metrics: %s", self.name, reason)
         with contextlib.suppress(queue.Full):
             self._calls.put_nowait(None)  # wakes the thread, if it ever comes back
+
+
+def quieten_threads(packages: Collection[str]) -> Callable[[threading.ExceptHookArgs], object]:
+    """Let an error in a thread of these packages' own print nothing: the next call tells it. Returns the hook before this."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs, /) -> None:
+        if type(args.thread).__module__.partition(".")[0] not in packages:
+            before(args)
+
+    threading.excepthook = hook
+    return before

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from accel_pretrain.errors import refuse
 from accel_pretrain.metrics import MetricsFile, RowsFile
-from accel_pretrain.outbox import START, Outbox
+from accel_pretrain.outbox import START, Outbox, quieten_threads
 from accel_pretrain.redaction import redact
 from accel_pretrain.runtime import wandb_knows_me
 from accel_pretrain.typed_yaml import option
@@ -87,6 +88,7 @@ class RunLog:
     def __init__(self, accelerator: Accelerator, run_dir: Path, *, step: int, total: int) -> None:
         self._accelerator, self._run_dir = accelerator, run_dir
         self._outboxes: list[Outbox] = []
+        self._hook: Callable[[threading.ExceptHookArgs], object] | None = None
         main = accelerator.is_main_process
         self._file = MetricsFile(run_dir, step) if main else None
         self._samples = RowsFile(run_dir / SAMPLES_FILE, step) if main else None
@@ -103,6 +105,7 @@ class RunLog:
         if not (self._accelerator.log_with and self._accelerator.is_main_process):
             return
         flat = _flat(settings)
+        self._hook = quieten_threads([_module(str(name)) for name in self._accelerator.log_with])
         self._outboxes = [Outbox(name, make) for name, make in self._makers(config, flat)]
         for outbox in self._outboxes:
             outbox.wait_for_start()
@@ -204,6 +207,8 @@ class RunLog:
         for outbox in self._outboxes:
             outbox.join(until)
         self._outboxes = []
+        if self._hook is not None:
+            threading.excepthook, self._hook = self._hook, None
 
 
 def _postfix(metrics: Mapping[str, float]) -> str:
