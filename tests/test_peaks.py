@@ -99,6 +99,8 @@ def test_a_run_on_a_cpu_has_a_share_of_a_measured_peak(
     run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(peaks, "_SIDE", 256)
+    monkeypatch.setattr(peaks, "_SECONDS", 0.01)
     assert run_train(tmp_path / "run", "--max_iters", "2") == 0
     [key] = (known := json.loads((tmp_path / "cache" / "accel_pretrain" / "peaks.json").read_text()))
     assert re.fullmatch(r".+ \| 1 threads \| torch .+ \| fp32", key)

@@ -122,7 +122,7 @@ def test_trials_are_runs_and_a_failed_one_is_a_row(dataset: Path, tmp_path: Path
 def test_a_sweep_that_is_cut_off_goes_on_with_the_trial_in_progress(dataset: Path, tmp_path: Path):
     """And a trial that is stopped in the middle ends in the same loss as one that is not."""
     words = swept(dataset, tmp_path / "sweep", "--param", "lr=1e-3..1e-2:log", "--trials", "2", "--checkpoint_interval", "20")
-    words += ["--max_iters", "300"]
+    words += ["--max_iters", "150"]
     command = launch(words, module="accel_pretrain.sweep")
     metrics = tmp_path / "sweep" / "trial_000" / "metrics.jsonl"
     process = subprocess.Popen(command, env=environment(), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -135,13 +135,13 @@ def test_a_sweep_that_is_cut_off_goes_on_with_the_trial_in_progress(dataset: Pat
         process.kill()
         process.communicate()
     assert [row.get("state") for row in rows_of(tmp_path / "sweep")] == [None, "running"]
-    assert len(losses(tmp_path / "sweep" / "trial_000")) < 300
+    assert len(losses(tmp_path / "sweep" / "trial_000")) < 150
     done = subprocess.run(command, env=environment(), cwd=REPO, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     states = [(row.get("trial"), row.get("state")) for row in rows_of(tmp_path / "sweep")[2:]]
     assert states == [(0, "finished"), (1, "running"), (1, "finished")]
     rate = rows_of(tmp_path / "sweep")[1]["parameters"]["optimizer.lr"]
-    alone = [*swept(dataset, tmp_path / "alone"), "--max_iters", "300", "--checkpoint_interval", "20", "--lr", rate]
+    alone = [*swept(dataset, tmp_path / "alone"), "--max_iters", "150", "--checkpoint_interval", "20", "--lr", rate]
     subprocess.run(launch(alone), env=environment(), cwd=REPO, capture_output=True, timeout=240, check=True)
     assert losses(tmp_path / "alone") == losses(tmp_path / "sweep" / "trial_000")
 
