@@ -18,7 +18,6 @@ from accel_pretrain.data import Windows
 from accel_pretrain.errors import PretrainError
 from accel_pretrain.generate import SamplingConfig, generate
 from accel_pretrain.hindsight import AFTER, compared, most_memory
-from accel_pretrain.metrics import peak_flops
 from accel_pretrain.optim import set_lr
 from accel_pretrain.parallel import alike, is_sharded, whole, withheld
 from accel_pretrain.recovery import divergence, heed_alarm, went_back
@@ -151,8 +150,10 @@ def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
         f"Iter {state.step:>6} | Loss: {loss:.4f} | LR: {update.lr:.2e} | Grad norm: {grad_norm:.2f} | "
         f"Time: {seconds * 1000:.1f}ms | Tokens/sec: {tokens_per_sec:.0f}"
     )
-    if peak := peak_flops(run.accelerator.device):
-        metrics["train/mfu"] = tokens_per_sec * run.plan.flops_per_token / (peak * run.plan.world_size)
+    if run.peak_flops is None:
+        line += " | MFU: n/a"
+    else:
+        metrics["train/mfu"] = tokens_per_sec * run.plan.flops_per_token / (run.peak_flops * run.plan.world_size)
         line += f" | MFU: {metrics['train/mfu']:.1%}"
     if peak_memory := most_memory(run.accelerator.device):
         metrics["train/peak_memory_gb"] = peak_memory / 1e9
@@ -160,7 +161,7 @@ def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
         metrics["train/skipped_updates"] = skipped
         line += f" | Skipped: {skipped}"
     run.log.line(line)
-    run.log.metrics(state.step, state.tokens, metrics)
+    run.log.metrics(state.step, state.tokens, metrics | run.system.read())
     run.watch.restart(state.step)
 
 

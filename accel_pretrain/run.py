@@ -18,6 +18,7 @@ from accel_pretrain.models import Transformer
 from accel_pretrain.saver import Saver
 from accel_pretrain.status import RunStatus
 from accel_pretrain.stopping import StopSignal
+from accel_pretrain.system import SystemMeter
 from accel_pretrain.tokenizer import Tokenizer
 from accel_pretrain.trackers import RunLog
 from accel_pretrain.watchdog import Watchdog
@@ -48,6 +49,8 @@ class TrainingRun:
     parameters: list[nn.Parameter] = field(default_factory=list)
     watchdog: Watchdog = field(default_factory=Watchdog)
     status: RunStatus = field(default_factory=RunStatus)
+    system: SystemMeter = field(default_factory=SystemMeter)
+    peak_flops: float | None = None  # of this device, at this precision
     aids: Aids = field(default_factory=Aids)
 
     @property

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from accel_pretrain import agent
 from accel_pretrain.checkpoint import (
     TrainState,
     read_facts,
@@ -31,7 +32,7 @@ from accel_pretrain.debugging import conclude, install
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
 from accel_pretrain.guard import Guard
-from accel_pretrain.history import read_starts, record_start
+from accel_pretrain.history import about, read_starts, record_start
 from accel_pretrain.launchers import is_restart, is_restart_of
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
@@ -47,12 +48,14 @@ from accel_pretrain.runtime import (
     build_accelerator,
     describe_runtime,
     few_collections,
+    peak_for,
     seed_everything,
     together,
 )
 from accel_pretrain.saver import Saver
 from accel_pretrain.session import Session, session, watched
 from accel_pretrain.stopping import follow_the_launcher
+from accel_pretrain.system import SystemMeter
 from accel_pretrain.tokenizer import load_tokenizer
 from accel_pretrain.trackers import RunLog
 from accel_pretrain.typed_values import NULLS
@@ -79,9 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "help" in line.flags:
             print(USAGE + reference(RunConfig))
             return 0
+        line = replace(line, overrides=(*line.overrides, *agent.wishes()))
         if "lr_find" in line.flags:
             return find(load_config(line))
-        return pretrain(load_config(line), only_print="print_config" in line.flags)
+        return pretrain(agent.own_directory(load_config(line)), only_print="print_config" in line.flags)
     return 2
 
 
@@ -174,8 +178,8 @@ def assemble(
     with together(accelerator, PretrainError):
         log = RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters)
         if accelerator.is_main_process:
-            about = describe_runtime(accelerator, config.training, config.parallel)
-            record_start(run_dir, state.step, about, asdict(plan))
+            where = describe_runtime(accelerator, config.training, config.parallel)
+            record_start(run_dir, state.step, where, asdict(plan))
 
     def published(saved: TrainState, path: Path) -> None:
         log.line(f"Saved checkpoint to {path}")
@@ -186,7 +190,8 @@ def assemble(
     run = TrainingRun(
         config=config, plan=plan, splits=splits, accelerator=accelerator, model=model.train(), module=module,
         optimizer=optimizer, stop=around.stop, watchdog=around.watchdog, status=around.status,
-        parameters=list(model.parameters()), guard=Guard(config.training.on_spike),
+        parameters=list(model.parameters()), guard=Guard(config.training.on_spike), system=SystemMeter(accelerator.device),
+        peak_flops=peak_for(accelerator, config.training),
         weights_B=torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=accelerator.device),
         tokenizer=load_tokenizer(splits.train.tokenizer_path) if splits.train.tokenizer_path else None,
         log=log, saver=saver,
@@ -199,7 +204,7 @@ def assemble(
     run.batches.leave_out(state.health.left_out)
     announce(run, state, checkpoint or origin, notice)
     run.status.progress(step=state.step, tokens=state.tokens, checkpoint=checkpoint)
-    run.log.start_trackers(config.logging, to_plain(config))
+    run.log.start_trackers(config.logging, {**to_plain(config), "about": about(), "plan": asdict(plan)})
     install(run)
     return run, state
 

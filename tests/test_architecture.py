@@ -16,9 +16,9 @@ LEVELS = (
     ("redaction", "errors", "files", "commit", "lock", "status"),
     (
         *("yaml_files", "typed_values", "typed_keys", "typed_yaml", "manifest", "token_formats", "shards"),
-        *("mixture", "split_patterns", "token_text", "tokenizer", "permutation", "schedule", "errorbars"),
+        *("mixture", "split_patterns", "token_text", "tokenizer", "permutation", "schedule", "errorbars", "space"),
     ),
-    ("models", "loss", "optim", "data", "estimates", "hardware", "cluster", "probe"),
+    ("models", "loss", "optim", "data", "estimates", "peaks", "hardware", "cluster", "probe"),
     (
         "slurm",
         "launchers",
@@ -31,6 +31,8 @@ LEVELS = (
         "metrics",
         "history",
         "curves",
+        "system",
+        "outbox",
         "trackers",
         "parallel",
         "peers",
@@ -43,13 +45,13 @@ LEVELS = (
         "aids",
     ),
     ("generate", "validation", "hindsight"),
-    ("config", "outlook", "lint_settings", "lint_run", "lint"),
+    ("config", "agent", "outlook", "lint_settings", "lint_run", "lint"),
     (
         *("origin", "run", "recovery", "loop", "harness", "proofs", "trial", "ladder", "heldout"),
         *("one_batch", "inspection", "anomaly", "profiling", "debugging", "lr_find", "layer_maps"),
         *("report_facts", "report_figures", "report_page"),
     ),
-    ("train", "evaluate", "sample", "plan", "tune", "doctor", "hf", "plot", "report", "compare"),
+    ("train", "evaluate", "sample", "plan", "tune", "sweep", "doctor", "hf", "plot", "report", "compare"),
 )
 TORCH_FREE = {*LEVELS[0], *LEVELS[1]}
 ACCELERATE_FREE = TORCH_FREE | set(LEVELS[2])
