@@ -12,6 +12,7 @@ from torch import nn
 from accel_pretrain.config import Plan, RunConfig, Splits
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.guard import Guard
+from accel_pretrain.hindsight import Hindsight
 from accel_pretrain.metrics import Stopwatch
 from accel_pretrain.models import Transformer
 from accel_pretrain.saver import Saver
@@ -47,6 +48,7 @@ class TrainingRun:
     parameters: list[nn.Parameter] = field(default_factory=list)
     watchdog: Watchdog = field(default_factory=Watchdog)
     status: RunStatus = field(default_factory=RunStatus)
+    hindsight: Hindsight = field(default_factory=Hindsight)
 
     @property
     def run_dir(self) -> Path:
