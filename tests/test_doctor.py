@@ -88,7 +88,7 @@ def test_a_small_run_that_goes_wrong_says_where(tmp_path: Path, capsys: Capture,
     assert doctor.show_smoke() is False
     assert "FAILS" in capsys.readouterr().out
     monkeypatch.setenv("PYTHONPATH", str(REPO))
-    with pytest.raises(Failed, match=r"^prep.tokenize ended with 2: error: /nowhere does not exist"):
+    with pytest.raises(Failed, match=r"^prep.tokenize ended with 2: error: /nowhere: /nowhere does not exist"):
         smoke._run("prep.tokenize", "/nowhere", "-o", str(tmp_path / "data"), "--tokenizer", "bytes")
 
 

@@ -26,7 +26,7 @@ def proofs_of(text: str) -> list[str]:
 
 
 @functools.cache
-def tests_in(room: str) -> frozenset[str]:
+def names_in(room: str) -> frozenset[str]:
     """The names of the tests in ``tests/test_room.py``, without ``test_``."""
     path = REPO / "tests" / f"test_{room}.py"
     if not path.is_file():
@@ -40,7 +40,7 @@ def holds(proof: str) -> bool:
     if proof.startswith("README: "):
         return proof.removeprefix("README: ") in README
     room, _, name = proof.partition("::")
-    return name in tests_in(room)
+    return name in names_in(room)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -87,7 +87,7 @@ def test_a_book_becomes_a_model_that_speaks_and_a_picture(tmp_path: Path, capsys
     assert "import" in text
     amounts = ["--max_iters", "60", "--log_interval", "20", "--eval_interval", "30", "--sample_interval", "30"]
     paths = ["--train_data_path", str(data), "--checkpoint_dir", str(run)]
-    assert train.main([*paths, *TINY, *amounts, "--prompts", "import"]) == 0
+    assert train.main([*paths, *TINY, *amounts, "--sample_prompts", "import"]) == 0
     losses = [row["eval/val_loss"] for row in rows(run) if "eval/val_loss" in row]
     assert len(losses) == 2
     assert losses[-1] < losses[0] < 5.0
