@@ -46,9 +46,9 @@ class TrainingRun:
     watch: Stopwatch = field(default_factory=Stopwatch)
     guard: Guard = field(default_factory=Guard)
     parameters: list[nn.Parameter] = field(default_factory=list)
+    hindsight: Hindsight = field(default_factory=Hindsight)
     watchdog: Watchdog = field(default_factory=Watchdog)
     status: RunStatus = field(default_factory=RunStatus)
-    hindsight: Hindsight = field(default_factory=Hindsight)
 
     @property
     def run_dir(self) -> Path:
