@@ -183,9 +183,10 @@ def assemble(
         config=config, plan=plan, splits=splits, accelerator=accelerator, model=model.train(), module=module,
         optimizer=optimizer, stop=around.stop, watchdog=around.watchdog, status=around.status,
         parameters=list(model.parameters()), guard=Guard(config.training.on_spike),
+        hindsight=Hindsight(around.forecast),
         weights_B=torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=accelerator.device),
         tokenizer=load_tokenizer(splits.train.tokenizer_path) if splits.train.tokenizer_path else None,
-        log=log, saver=saver, hindsight=Hindsight(around.forecast),
+        log=log, saver=saver,
         batches=TokenBatches(
             splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
             accumulation=plan.accumulation, sampling=config.data.sampling,

@@ -44,7 +44,9 @@ LEVELS = (
     ("generate", "validation"),
     ("config", "outlook", "lint_settings", "lint_run", "lint"),
     (
-        *("origin", "run", "recovery", "foresight", "loop", "harness", "proofs", "smoke", "trial", "ladder", "heldout"),
+        "foresight",
+        "smoke",
+        *("origin", "run", "recovery", "loop", "harness", "proofs", "trial", "ladder", "heldout"),
         *("report_facts", "report_figures", "report_page"),
     ),
     ("train", "evaluate", "sample", "plan", "tune", "doctor", "hf", "plot", "report", "compare"),
