@@ -13,7 +13,7 @@ from accel_pretrain import plot, sample, train
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.shards import open_split
 from prep import tokenize
-from tests.features import DOCUMENTS
+from tests.features import DOCUMENTS, NOT_SHOWN
 from tests.running import REPO, TINY, rows, stdlib_text
 
 README = " ".join((REPO / "README.md").read_text(encoding="utf-8").split())
@@ -48,6 +48,11 @@ def test_every_feature_is_shown(document: str):
     table = DOCUMENTS[document]
     assert all(proofs_of(text) for text in table.values())
     assert {line: proof for line, text in table.items() for proof in proofs_of(text) if not holds(proof)} == {}
+
+
+def test_what_nothing_shows_is_in_no_table():
+    assert not any(line in table for line in NOT_SHOWN for table in DOCUMENTS.values())
+    assert len(NOT_SHOWN) <= 4  # may only become fewer
 
 
 def test_control_what_is_not_there_is_seen():
