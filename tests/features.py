@@ -222,6 +222,7 @@ MODULE: Table = {
     # Monitoring
     "wandb.init(project=..., config=config)": "trackers::a_tracker_gets_the_config_and_the_rows_of_the_file",
     "wandb.log: train_loss, val_loss, learning_rate, grad_norm": ("train::what_a_run_records trackers::wandb_gets_a_table"),
+    "run.watch(model, log_freq=100)": "debugging::histograms_reach_tensorboard",
     # Tips
     "24GB+ VRAM recommended": "plan::a_plan_for_people",
     "checkpoint regularly to resume training": "resume::one_process_resumes_to_the_same_bits",
@@ -305,6 +306,7 @@ DIRECTORY: Table = {
     "performance benchmarks": "README: ## Measured",
     # Monitoring
     "automatic loss tracking, hyperparameter logging": "trackers::a_tracker_gets_the_config_and_the_rows_of_the_file",
+    "gradient and parameter histograms": "debugging::histograms_reach_tensorboard",
     "tensorboard-compatible logs": "trackers::tensorboard_gets_texts",
     "checkpoint saving every N steps": "seed_000::10_full_run",
     "training progress reports": "report::a_real_run_from_plan_to_report",
@@ -349,7 +351,9 @@ COURSE: Table = {
     "learning rate: track schedule": "train::what_a_run_records",
     "gradient norms: watch for explosion/vanishing": "guard::the_threshold_is_six_standard_deviations_of_the_last_128",
     # Debugging
-    "overfit single batch": "loop::one_batch_is_learned_by_heart",
+    "overfit single batch": (
+        "loop::one_batch_is_learned_by_heart debugging::one_batch_is_learned_by_heart_and_is_no_beginning_of_another_run"
+    ),
     "check gradients: all parameters should have gradients": "transformer::every_parameter_gets_a_gradient",
     "validate shapes": "seed_000::04_forward_pass",
     "loss not decreasing: check LR, initialization, data": "lint::a_planted_mistake_is_found",

@@ -71,7 +71,9 @@ def test_what_is_wrong_with_a_machine_is_a_problem(capsys: Capture, monkeypatch:
 def test_a_small_run_from_text_to_text(tmp_path: Path) -> None:
     """As a person would, in some folder."""
     command = [sys.executable, "-m", "accel_pretrain.doctor"]
-    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, env=environment(OMP_NUM_THREADS="1"), cwd=tmp_path, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(
         r"^holds +[\d.]+ s  text to tokens, to a trained model, to text: [\d,]+ tokens/s", done.stdout, re.MULTILINE
