@@ -17,7 +17,7 @@ from accel_pretrain.checkpoint import TrainState, write_model_description
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import PretrainError
 from accel_pretrain.generate import SamplingConfig, generate
-from accel_pretrain.hindsight import AFTER, compared, most_memory
+from accel_pretrain.hindsight import most_memory
 from accel_pretrain.optim import set_lr
 from accel_pretrain.parallel import alike, is_sharded, whole, withheld
 from accel_pretrain.recovery import divergence, heed_alarm, went_back
@@ -60,7 +60,7 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
         state.tokens += plan.tokens_per_step
         run.log.advance()
         run.watchdog.enter("update")
-        if state.step == AFTER and (line := compared(run.run_dir, tokens_per_sec(run, state), run.accelerator.device)):
+        if line := run.hindsight.after(state.step, run.watch, run.accelerator.device):
             run.log.line(line)
         if due(state.step, config.logging.log_interval):
             log_update(run, state, update)
@@ -78,11 +78,6 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
                 wanted = False
     finish(run, state)
     return state
-
-
-def tokens_per_sec(run: TrainingRun, state: TrainState) -> float:
-    """Of all processes, since the last time that it was logged."""
-    return run.plan.tokens_per_step / run.watch.seconds_per_step(state.step)
 
 
 def due(step: int, every: int | None) -> bool:

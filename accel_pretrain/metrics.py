@@ -22,6 +22,7 @@ class Stopwatch:
     """Time spent on updates: what happens inside :meth:`paused` (validation, saving) does not count."""
 
     def __init__(self) -> None:
+        self.paused_for = 0.0  # seconds, in all
         self.restart(0)
 
     def restart(self, step: int) -> None:
@@ -32,7 +33,8 @@ class Stopwatch:
     def paused(self) -> Iterator[None]:
         stopped = time.perf_counter()
         yield
-        self._begin += time.perf_counter() - stopped
+        pause = time.perf_counter() - stopped
+        self._begin, self.paused_for = self._begin + pause, self.paused_for + pause
 
     def seconds_per_step(self, step: int) -> float:
         """Mean over the updates since the interval began."""

@@ -13,6 +13,7 @@ from accel_pretrain.aids import Aids
 from accel_pretrain.config import Plan, RunConfig, Splits
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.guard import Guard
+from accel_pretrain.hindsight import Hindsight
 from accel_pretrain.metrics import Stopwatch
 from accel_pretrain.models import Transformer
 from accel_pretrain.saver import Saver
@@ -47,6 +48,7 @@ class TrainingRun:
     watch: Stopwatch = field(default_factory=Stopwatch)
     guard: Guard = field(default_factory=Guard)
     parameters: list[nn.Parameter] = field(default_factory=list)
+    hindsight: Hindsight = field(default_factory=Hindsight)
     watchdog: Watchdog = field(default_factory=Watchdog)
     status: RunStatus = field(default_factory=RunStatus)
     system: SystemMeter = field(default_factory=SystemMeter)

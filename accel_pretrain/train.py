@@ -31,7 +31,9 @@ from accel_pretrain.data import TokenBatches
 from accel_pretrain.debugging import conclude, install
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
+from accel_pretrain.foresight import foresee
 from accel_pretrain.guard import Guard
+from accel_pretrain.hindsight import Hindsight
 from accel_pretrain.history import about, read_starts, record_start
 from accel_pretrain.launchers import is_restart, is_restart_of
 from accel_pretrain.lint import notices
@@ -138,6 +140,7 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
             say("\n".join([f"{to_yaml(config)}\n# plan\n{plan.describe()}", *(f"notice: {notice}" for notice in found)]))
             return 0
         with session(accelerator, run_dir, watchdog) as around:
+            around.forecast = foresee(config, plan, splits, accelerator)
             run, state = assemble(config, plan, splits, accelerator, around)
             around.afterwards.callback(around.close, run.log)
             try:
@@ -192,6 +195,7 @@ def assemble(
         optimizer=optimizer, stop=around.stop, watchdog=around.watchdog, status=around.status,
         parameters=list(model.parameters()), guard=Guard(config.training.on_spike), system=SystemMeter(accelerator.device),
         peak_flops=peak_for(accelerator, config.training),
+        hindsight=Hindsight(around.forecast),
         weights_B=torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=accelerator.device),
         tokenizer=load_tokenizer(splits.train.tokenizer_path) if splits.train.tokenizer_path else None,
         log=log, saver=saver,
@@ -321,8 +325,8 @@ def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notic
         f"{plan.tokens_per_step:,} tokens per update"
     )
     say(f"Max iterations: {plan.max_iters} ({plan.epochs:g} passes over the data)")
-    for part in plan.mixture:
-        say(f"Mixture: {part}")
+    for line in (*(f"Mixture: {part}" for part in plan.mixture), *run.hindsight.lines):
+        say(line)
     found = notices(run.config, plan, run.splits, cpu=run.accelerator.device.type == "cpu")
     for line in (*found, *([notice] if notice else [])):
         say(f"Notice: {line}")
