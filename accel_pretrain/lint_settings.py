@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from accel_pretrain.optim import SGD, AdamW
+from accel_pretrain.optim import SGD, AdamW, Lion
 from accel_pretrain.outlook import Outlook, critical_batch, first_loss
 from accel_pretrain.schedule import Constant, WarmupStableDecay
 
@@ -83,11 +83,12 @@ def schedule(o: Outlook) -> Findings:
 
 
 def optimizer(o: Outlook) -> Findings:
-    """Adam's constants."""
+    """Adam's constants, also where it serves a part of the parameters."""
     config, last = o.config.optimizer, o.plan.max_iters
     if isinstance(config, SGD):
         text = "optimizer.name sgd: Transformers train slowly with it (Zhang et al. 2020)"
         yield Finding("sgd", text, "type --optimizer.name adamw", serious=False)
+    if isinstance(config, SGD | Lion):
         return
     if config.beta1 > config.beta2:
         text = f"optimizer.beta1 {config.beta1:g} is above beta2 {config.beta2:g}: they look swapped"
@@ -116,9 +117,12 @@ def optimizer(o: Outlook) -> Findings:
 
 
 def learning_rate(o: Outlook) -> Findings:
-    """The peak, against GPT-3's table 2.1 (Brown et al. 2020): 6e-4 at width 768, 1.2e-4 at 4096, so about 0.46 / width."""
+    """The peak, against GPT-3's table 2.1 (Brown et al. 2020): 6e-4 at width 768, 1.2e-4 at 4096, so about 0.46 / width.
+
+    Lion's is a fifth of that (Chen et al. 2023, section 5: 3 to 10 times below AdamW's).
+    """
     config, clip = o.config.optimizer, o.config.training.grad_clip
-    usual = 0.46 / o.config.model.d_model
+    usual = 0.46 / o.config.model.d_model / (5 if isinstance(config, Lion) else 1)
     if clip is not None and clip < 0.05:
         text = f"training.grad_clip {clip:g} is below every gradient's norm: it scales all of them"
         yield Finding("clip_tiny", text, "type --grad_clip 1.0")
@@ -127,7 +131,7 @@ def learning_rate(o: Outlook) -> Findings:
         yield Finding("clip_huge", text, "type --grad_clip 1.0")
     if isinstance(config, SGD):
         return
-    near = f"about {usual:.1g} at width {o.config.model.d_model} (GPT-3's table)"
+    near = f"about {usual:.1g} at width {o.config.model.d_model} (GPT-3's table{', a fifth of it' * isinstance(config, Lion)})"
     if config.lr > 10 * usual:
         yield Finding("lr_high", f"optimizer.lr {config.lr:g} is far above what is usual, {near}", f"type --lr {usual:.1g}")
     if config.lr < usual / 20 and o.config.checkpoint.init_from is None:

@@ -19,7 +19,7 @@ from accel_pretrain.estimates import Memory, Workload, checkpoint_bytes, flops_p
 from accel_pretrain.hardware import CONTEXT_BYTES, Machine, free_disk
 from accel_pretrain.mixture import are_there
 from accel_pretrain.models import ModelConfig
-from accel_pretrain.optim import SGD
+from accel_pretrain.optim import kept_per_weight
 from accel_pretrain.runtime import resolve_precision
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.typed_yaml import CommandLine, Entry, load, to_plain
@@ -84,7 +84,7 @@ class Outlook:
         0 where each process holds everything anyway. See :class:`accel_pretrain.saver.Gathered`.
         """
         sharded = self.load.strategy != "ddp" and self.load.world_size > 1
-        return 4 * (1 + self.load.moments) * self.plan.parameters if sharded else 0
+        return round(4 * (1 + self.load.moments) * self.plan.parameters) if sharded else 0
 
     @property
     def checkpoint(self) -> int:
@@ -168,8 +168,7 @@ def unknown_splits(config: RunConfig) -> Splits:
 
 def workload(config: RunConfig, plan: Plan, device: str) -> Workload:
     """What one process of a run has to carry. What a launcher may ask for is not known here."""
-    optimizer = config.optimizer
-    moments = int(optimizer.momentum > 0) if isinstance(optimizer, SGD) else 2
+    moments = kept_per_weight(config.optimizer, config.model, plan.vocab_size)
     flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
     return Workload(
         model=config.model, vocab_size=plan.vocab_size, batch_size=plan.batch_size, accumulation=plan.accumulation,

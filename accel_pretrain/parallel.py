@@ -31,7 +31,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from accel_pretrain.models import ModelConfig, Transformer
-from accel_pretrain.rules import is_share, settle_in
+from accel_pretrain.rules import WHOLE, is_share, rows_like, settle_in
 from accel_pretrain.rules import local as local  # through here for everybody else
 from accel_pretrain.typed_yaml import option
 
@@ -263,8 +263,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: State) -> None:
         for name, value in saved["state"].get(number, {}).items():
             if torch.is_tensor(value) and value.ndim == 0:  # a count
                 value = value.to(local(parameter).device if on_device else "cpu", copy=True)
+            elif name in WHOLE:
+                value = value.to(local(parameter).device, copy=True)
             elif torch.is_tensor(value):
                 moment = torch.zeros_like(parameter)
+                if value.shape != parameter.shape or value.dtype != parameter.dtype:
+                    moment = rows_like(parameter, value.shape[1], value.dtype)
                 _copy_share(moment, value)
                 value = moment.detach()
             optimizer.state[parameter][name] = value

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
+WHOLE = ("projection",)  # state that every process has whole, whoever holds the rows of the parameter
 Group = dict[str, Any]
 Rule = Callable[["ByRules", Group, list[torch.Tensor]], None]
 
@@ -25,6 +26,19 @@ def is_share(tensor: torch.Tensor) -> bool:
 def local(tensor: Any) -> torch.Tensor:
     """The share of a tensor that this process holds; the tensor itself where it is not shared out."""
     return tensor.to_local() if is_share(tensor) else tensor
+
+
+def rows_like(parameter: Any, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros, a row of so many for each row of a matrix, shared out as that is."""
+    own = torch.zeros(len(local(parameter)), columns, dtype=dtype, device=local(parameter).device)
+    if not is_share(parameter):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((parameter.shape[0], columns))
+    return DTensor.from_local(
+        own, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=(columns, 1)
+    )
 
 
 class ByRules(torch.optim.Optimizer):
@@ -45,6 +59,12 @@ class ByRules(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
                 self.rules[group["rule"]](self, group, parameters)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, which makes the numbers of all that is kept those of the parameter, floating: codes are bytes again."""
+        super().load_state_dict(state_dict)
+        for own in self.state.values():
+            own.update({name: value.to(torch.uint8) for name, value in own.items() if name.endswith("_code")})
 
     def count(self, group: Group, parameters: list[torch.Tensor]) -> list[torch.Tensor]:
         """Count this update in ``step`` of each; the counts."""
