@@ -19,6 +19,7 @@ from accel_pretrain.rules import ByRules, Group, is_share, local, rows_like
 
 BLOCK = 256  # numbers of a row that share a scale
 _SIGNED, _UNSIGNED = 127, 255  # the largest codes
+_IN_CACHE, _AT_ONCE = 1 << 17, 1 << 24  # numbers to decode at a time, on a CPU and on a GPU
 _GOLDEN = 0.6180339887498949  # multiples of it, without their whole parts, fill 0 to 1 evenly
 _POWER_STEPS = 2
 
@@ -51,14 +52,15 @@ def encode(x_RC: torch.Tensor, signed: bool, step: int) -> tuple[torch.Tensor, t
     columns = x_RC.shape[1]
     width, top = min(BLOCK, columns), _SIGNED if signed else _UNSIGNED
     x_RNB = F.pad(x_RC, (0, -columns % width)).unflatten(1, (-1, width))
-    scale_RN1 = x_RNB.abs().amax(2, keepdim=True)
-    code_RNB = (x_RNB.abs() / scale_RN1.clamp(min=1e-38)).sqrt_()
+    size_RNB = x_RNB.abs()
+    scale_RN1 = size_RNB.amax(2, keepdim=True)
+    zeros_RNB = size_RNB == 0
+    code_RNB = size_RNB.div_(scale_RN1.clamp(min=1e-38)).sqrt_()
     code_RNB = code_RNB if signed else code_RNB.sqrt_()
     turn_B = (torch.arange(width, device=x_RC.device) * _GOLDEN + step * _GOLDEN**2) % 1
-    code_RNB = (code_RNB * top + turn_B).floor_().clamp_(max=top)
-    code_RNB = code_RNB.clamp_(min=1).where(x_RNB != 0, 0)
+    code_RNB = code_RNB.mul_(top).add_(turn_B).floor_().clamp_(min=1, max=top).masked_fill_(zeros_RNB, 0)
     if signed:
-        code_RNB = code_RNB * x_RNB.sign() + 128
+        code_RNB = code_RNB.copysign_(x_RNB).add_(128)
     return code_RNB.to(torch.uint8).flatten(1)[:, :columns], scale_RN1.squeeze(2)
 
 
@@ -68,15 +70,15 @@ def decode(code_RC: torch.Tensor, scale_RN: torch.Tensor, signed: bool) -> torch
     width = min(BLOCK, columns)
     code_RNB = F.pad(code_RC, (0, -columns % width)).unflatten(1, (-1, width)).float()
     if signed:
-        code_RNB = (code_RNB - 128) / _SIGNED
-        x_RNB = code_RNB * code_RNB.abs()
+        code_RNB = code_RNB.sub_(128).mul_(1 / _SIGNED)
+        x_RNB = code_RNB.abs().mul_(code_RNB)
     else:
-        x_RNB = (code_RNB / _UNSIGNED).square_().square_()
-    return (x_RNB * scale_RN.unsqueeze(2)).flatten(1)[:, :columns]
+        x_RNB = code_RNB.mul_(1 / _UNSIGNED).square_().square_()
+    return x_RNB.mul_(scale_RN.unsqueeze(2)).flatten(1)[:, :columns]
 
 
 def adamw8_rule(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]) -> None:
-    """AdamW whose moments are decoded for an update, matrix by matrix, and encoded again."""
+    """AdamW whose moments are decoded for an update, some rows at a time, and encoded again."""
     counts = optimizer.count(group, parameters)
     for parameter, count in zip(parameters, counts, strict=True):
         own = optimizer.state[parameter]
@@ -85,15 +87,16 @@ def adamw8_rule(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]
                 own[f"{name}_code"] = rows_like(parameter, parameter.shape[1], torch.uint8)
                 local(own[f"{name}_code"]).fill_(zero)
                 own[f"{name}_scale"] = rows_like(parameter, blocks(parameter.shape[1]), torch.float32)
-        step, kept = int(count), {name: local(own[name]) for name in own if name != "step"}
-        mean = decode(kept["mean_code"], kept["mean_scale"], signed=True)
-        square = decode(kept["square_code"], kept["square_scale"], signed=False)
-        _adamw(local(parameter), local(parameter.grad), mean, square, step, group)
-        for name, value, signed in (("mean", mean, True), ("square", square, False)):
-            if value.numel():
-                code, scale = encode(value, signed, step)
-                kept[f"{name}_code"].copy_(code)
-                kept[f"{name}_scale"].copy_(scale)
+        weight, gradient, kept = local(parameter), local(parameter.grad), {name: local(own[name]) for name in own}
+        rows = 1 + (_AT_ONCE if weight.device.type == "cuda" else _IN_CACHE) // weight.shape[1]
+        for part in (slice(first, first + rows) for first in range(0, len(weight), rows)):
+            mean = decode(kept["mean_code"][part], kept["mean_scale"][part], signed=True)
+            square = decode(kept["square_code"][part], kept["square_scale"][part], signed=False)
+            _adamw(weight[part], gradient[part], mean, square, int(count), group)
+            for name, value, signed in (("mean", mean, True), ("square", square, False)):
+                code, scale = encode(value, signed, int(count))
+                kept[f"{name}_code"][part].copy_(code)
+                kept[f"{name}_scale"][part].copy_(scale)
 
 
 def _adamw(

@@ -122,7 +122,8 @@ def learning_rate(o: Outlook) -> Findings:
     Lion's is a fifth of that (Chen et al. 2023, section 5: 3 to 10 times below AdamW's).
     """
     config, clip = o.config.optimizer, o.config.training.grad_clip
-    usual = 0.46 / o.config.model.d_model / (5 if isinstance(config, Lion) else 1)
+    width = o.config.model.mup_base_width or o.config.model.d_model
+    usual = 0.46 / width / (5 if isinstance(config, Lion) else 1)
     if clip is not None and clip < 0.05:
         text = f"training.grad_clip {clip:g} is below every gradient's norm: it scales all of them"
         yield Finding("clip_tiny", text, "type --grad_clip 1.0")
@@ -131,7 +132,7 @@ def learning_rate(o: Outlook) -> Findings:
         yield Finding("clip_huge", text, "type --grad_clip 1.0")
     if isinstance(config, SGD):
         return
-    near = f"about {usual:.1g} at width {o.config.model.d_model} (GPT-3's table{', a fifth of it' * isinstance(config, Lion)})"
+    near = f"about {usual:.1g} at width {width} (GPT-3's table{', a fifth of it' * isinstance(config, Lion)})"
     if config.lr > 10 * usual:
         yield Finding("lr_high", f"optimizer.lr {config.lr:g} is far above what is usual, {near}", f"type --lr {usual:.1g}")
     if config.lr < usual / 20 and o.config.checkpoint.init_from is None:
@@ -163,6 +164,9 @@ def shape(o: Outlook) -> Findings:
     if model.sliding_window is not None and (model.sliding_window >= model.context_length or "S" not in model.window_pattern):
         text = f"model.sliding_window {model.sliding_window} never hides a position (context {model.context_length})"
         yield Finding("window_idle", text, "type --sliding_window null")
+    if model.mup_base_width is not None and model.ff_width != 4 * model.d_model and model.d_ff is not None:
+        text = f"model.d_ff {model.d_ff}: with mup_base_width it has to grow as d_model does"
+        yield Finding("mup_d_ff", text, "type --d_ff null", serious=False)
     if model.init_std > 0.1 or model.init_std < 1e-3:
         text = f"model.init_std {model.init_std:g}: usual is 0.006 to 0.02"
         yield Finding("init_std", text, "type --init_std 0.02")

@@ -12,6 +12,7 @@ from torch import nn
 from accel_pretrain import frugal
 from accel_pretrain.errors import refuse
 from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.models.mup import lr_scale
 from accel_pretrain.muon import muon_rule
 from accel_pretrain.rules import ByRules, Group, adamw_rule
 from accel_pretrain.typed_yaml import option
@@ -49,7 +50,8 @@ def decay_groups(
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for name, parameter in sorted(trainable, key=lambda pair: pair[1].ndim < 2):
         kind, decays = kind_of(name, parameter), parameter.ndim >= 2
-        scale, own = scales.get(kind, 1.0), rule(kind, parameter)
+        own = rule(kind, parameter)
+        scale = scales.get(kind, 1.0) * (lr_scale(model.config, kind, own.get("rule")) if isinstance(model, Transformer) else 1)
         fresh = {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale, **own}
         if lr is not None:
             fresh["lr"] = lr * scale

@@ -18,7 +18,7 @@ from accel_pretrain.errors import ConfigError
 from accel_pretrain.estimates import Memory, Workload, checkpoint_bytes, flops_per_token, memory, parameters
 from accel_pretrain.hardware import CONTEXT_BYTES, Machine, free_disk
 from accel_pretrain.mixture import are_there
-from accel_pretrain.models import ModelConfig
+from accel_pretrain.models import ModelConfig, mup
 from accel_pretrain.optim import kept_per_weight
 from accel_pretrain.runtime import resolve_precision
 from accel_pretrain.shards import TokenSplit
@@ -125,7 +125,7 @@ def first_loss(model: ModelConfig, vocab_size: int) -> float:
     D init_std^2, and the log of the mean of their exponentials is half of that. A soft cap bounds them. A tied matrix makes the
     logit of the token that was just read D init_std times what is left of its embedding after all blocks.
     """
-    spread = math.sqrt(model.d_model) * model.init_std
+    spread = math.sqrt(model.d_model) * model.init_std * mup.init_scale(model, "lm_head.weight")
     own = model.d_model * model.init_std * _left_of_embedding(model) if model.tie_embeddings else -math.inf
     if (cap := model.logit_softcap) is not None:
         spread, own = min(spread, cap), cap * math.tanh(own / cap)
