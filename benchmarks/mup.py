@@ -37,16 +37,15 @@ def coordinates(width: int, optimizer: Optimizer, scaled: bool, updates: int = 4
     settle_in(built, "bf16", 1)
     ids = batch(learn, torch.Generator().manual_seed(0))
     given: dict[str, torch.Tensor] = {}
-    for name in PARTS:
+    for name in PARTS[:2]:
         model.get_submodule(name).register_forward_hook(
             lambda module, inputs, output, name=name: given.update({name: output.detach().float()})
         )
-    if hasattr(model, "lm_head"):  # the loss takes the matrix alone
-        model.norm.register_forward_hook(
-            lambda module, inputs, output: given.update(
-                lm_head=nn.functional.linear(output.detach().float(), model.output_matrix.detach())
-            )
-        )
+
+    def logits(module: nn.Module, inputs: object, output: torch.Tensor) -> None:  # the loss takes the matrix, not the layer
+        given["lm_head"] = model.unembed(output).detach().float()
+
+    model.norm.register_forward_hook(logits)
 
     def looked() -> dict[str, torch.Tensor]:
         with torch.no_grad():
