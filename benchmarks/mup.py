@@ -38,9 +38,11 @@ def coordinates(width: int, optimizer: Optimizer, scaled: bool, updates: int = 4
     ids = batch(learn, torch.Generator().manual_seed(0))
     given: dict[str, torch.Tensor] = {}
     for name in PARTS[:2]:
-        model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, name=name: given.update({name: output.detach().float()})
-        )
+
+        def kept(module: nn.Module, inputs: object, output: torch.Tensor, name: str = name) -> None:
+            given[name] = output.detach().float()
+
+        model.get_submodule(name).register_forward_hook(kept)
 
     def logits(module: nn.Module, inputs: object, output: torch.Tensor) -> None:  # the loss takes the matrix, not the layer
         given["lm_head"] = model.unembed(output).detach().float()
