@@ -215,7 +215,7 @@ class GaLore:
     beta2: float = option(0.95, "decay of the mean of squared gradients")
     eps: float = option(1e-8, "added to the root of the mean of squared gradients")
     projection_rank: int = option(128, "dimensions that are left of each row of a matrix; smaller matrices follow AdamW")
-    projection_interval: int = option(200, "updates after which these dimensions are chosen anew")
+    projection_interval: int = option(50, "updates after which these dimensions are chosen anew")
     embedding_lr_scale: float = option(1.0, _EMBEDDING_DOC)
     head_lr_scale: float = option(1.0, _HEAD_DOC)
 
