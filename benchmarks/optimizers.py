@@ -90,7 +90,7 @@ def train(model_config: ModelConfig, optimizer: Optimizer, updates: int, seed: i
 def optimizers(width: int) -> dict[str, Optimizer]:
     return {
         "adamw": AdamW(), "muon": Muon(), "lion": Lion(), "adamw8": AdamW8(),
-        "galore": GaLore(projection_rank=width // 4, projection_interval=50),
+        "galore": GaLore(projection_rank=width // 3, projection_interval=50),
     }  # fmt: skip
 
 
