@@ -41,6 +41,7 @@ from accel_pretrain.loop import RULE, fit
 from accel_pretrain.lr_find import find
 from accel_pretrain.machines import refuse_differences, refuse_other_folders
 from accel_pretrain.one_batch import OneBatch
+from accel_pretrain.optim import describe_groups
 from accel_pretrain.origin import find_origin, refuse_other_shape, weights_of
 from accel_pretrain.parallel import build_model, fill, prepare
 from accel_pretrain.peers import Peers
@@ -137,7 +138,9 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
             plan = make_plan(config, splits, accelerator.num_processes)
         if only_print:
             found = notices(config, plan, splits, cpu=accelerator.device.type == "cpu")
-            say("\n".join([f"{to_yaml(config)}\n# plan\n{plan.describe()}", *(f"notice: {notice}" for notice in found)]))
+            groups = describe_groups(config.optimizer, config.model, plan.vocab_size)
+            settings = f"{to_yaml(config)}\n# plan\n{plan.describe()}\n# parameters"
+            say("\n".join([settings, *groups, *(f"notice: {notice}" for notice in found)]))
             return 0
         with session(accelerator, run_dir, watchdog) as around:
             around.forecast = foresee(config, plan, splits, accelerator)
@@ -281,6 +284,7 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     saved, now = flat(load(RunConfig, checkpoint / "config.yaml")), flat(config)
     changed = {key: (saved.get(key, "none"), now[key]) for key in now if saved.get(key) != now[key]}
     fixed = ("optimizer.name", "data.sampling", "training.seed", "debug.overfit_one_batch")
+    fixed += ("optimizer.embedding_lr_scale", "optimizer.head_lr_scale", "optimizer.projection_rank")  # they make the groups
     problems = [
         f"{key}: {checkpoint.name} has {old}, this config says {new}"
         for key, (old, new) in changed.items()
