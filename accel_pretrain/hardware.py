@@ -74,6 +74,9 @@ HARDWARE = {
 }  # fmt: skip
 # The context of CUDA, its libraries and NCCL's buffers, which PyTorch's allocator does not count: an allowance, not measured.
 CONTEXT_BYTES = GB
+# oneDNN's kernels and buffers, and whatever else a process on a CPU takes beside tensors once it trains. Measured in a dozen
+# configurations (benchmarks.plan): 14 to 41 MB, 20 in the middle.
+KERNEL_BYTES = 20 * 10**6
 
 
 def here(cpu: bool, threads: int | None = None) -> Machine:

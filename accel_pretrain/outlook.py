@@ -16,7 +16,7 @@ from accel_pretrain.config import Plan, RunConfig, Splits, make_plan, open_split
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.estimates import Memory, Workload, checkpoint_bytes, flops_per_token, memory, parameters
-from accel_pretrain.hardware import CONTEXT_BYTES, Machine, free_disk
+from accel_pretrain.hardware import CONTEXT_BYTES, KERNEL_BYTES, Machine, free_disk
 from accel_pretrain.mixture import are_there
 from accel_pretrain.models import ModelConfig, mup
 from accel_pretrain.optim import kept_per_weight
@@ -216,9 +216,14 @@ def look_ahead(
     plan = plan or make_plan(config, splits or unknown_splits(config), world_size)
     load = workload(config, plan, machine.device if machine else "cuda")
     return Outlook(
-        config=config, plan=plan, load=load, machine=machine, splits=splits, memory=memory(load),
+        config=config, plan=plan, load=load, machine=machine, splits=splits, memory=_with_libraries(memory(load), load.device),
         disk_free=free_disk(Path(config.checkpoint.checkpoint_dir)),
     )  # fmt: skip
+
+
+def _with_libraries(tensors: Memory, device: str) -> Memory:
+    """With what a CPU's libraries take while they compute; that of a GPU is in :attr:`Outlook.memory_needed`."""
+    return replace(tensors, parts=tensors.parts | {"libraries": KERNEL_BYTES}) if device == "cpu" else tensors
 
 
 def with_tokens_per_sec(outlook: Outlook, tokens_per_sec: float) -> Outlook:

@@ -195,7 +195,7 @@ def _amounts(o: Outlook) -> list[str]:
 def _memory(o: Outlook) -> list[str]:
     """Bytes on one device, and what is free."""
     where = o.machine.name if o.machine else "a device"
-    rows = [_row("Memory", f"{gigabytes(o.memory.total)} of tensors per device, at {o.memory.moment} ({o.load.strategy})")]
+    rows = [_row("Memory", f"{gigabytes(o.memory.total)} per device, at {o.memory.moment} ({o.load.strategy})")]
     rows += [_row(f"  {name}", f"{gigabytes(size)}") for name, size in o.memory.parts.items() if size >= 1e5]
     free = o.machine.memory if o.machine else None
     fits = free is None or o.memory_needed <= 0.95 * free

@@ -72,6 +72,9 @@ STEPS: Table = {
     # Critical details
     "targets are already shifted, don't shift again": "data::batch_is_int64_inputs_and_targets_shifted_by_one",
     "call wandb.init() once, log metrics with wandb.log()": "trackers::a_tracker_gets_the_config_and_the_rows_of_the_file",
+    "if in a sweep, wandb.config contains override values": (
+        "sweep::a_trial_that_an_agent_starts_uses_its_values sweep::the_values_of_an_agent_reach_the_config"
+    ),
     "save emergency checkpoint before exiting": "stop::a_signal_saves_the_last_update",
     # Testing: tests 1 to 10
     "test 1: config system": "seed_000::01_config_system",
@@ -306,7 +309,11 @@ DIRECTORY: Table = {
     "performance benchmarks": "README: ## Measured",
     # Monitoring
     "automatic loss tracking, hyperparameter logging": "trackers::a_tracker_gets_the_config_and_the_rows_of_the_file",
-    "gradient and parameter histograms": "debugging::histograms_reach_tensorboard",
+    "gradient and parameter histograms": "debugging::histograms_reach_tensorboard debugging::histograms_reach_wandb",
+    "system resource monitoring": "logging_cost::the_machine_is_read_at_log_steps",
+    "GaLore optimizer support for memory-efficient training": (
+        "frugal::galore_finds_the_directions_of_gradients frugal::galore_of_full_rank_is_adamw_turned"
+    ),
     "tensorboard-compatible logs": "trackers::tensorboard_gets_texts",
     "checkpoint saving every N steps": "seed_000::10_full_run",
     "training progress reports": "report::a_real_run_from_plan_to_report",

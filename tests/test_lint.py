@@ -82,6 +82,7 @@ MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
     ("head_dim", f"{BIG} --num_heads 1", {}),
     ("d_ff_odd", f"{BIG} --d_ff 256", {}),
     ("aspect", f"{BIG} --num_layers 200", {}),
+    ("mup_d_ff", f"{BIG} --mup_base_width 128 --d_ff 1024", {}),
     ("rope_theta_small", f"{BIG} --context_length 32768 --batch_size 1", {}),
     ("window_idle", f"{BIG} --sliding_window 4096", {}),
     ("window_idle", f"{BIG} --sliding_window 64 --window_pattern F", {}),

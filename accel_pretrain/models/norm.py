@@ -56,11 +56,11 @@ class _RMSNormInFewPasses(torch.autograd.Function):
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, in float32 also where a sharded block has its weights in bfloat16: on a CPU it takes no two dtypes."""
+    """PyTorch's, with weights in float32 also where a sharded block has them in bfloat16, which it does not take on a CPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = (None if own is None else own.float() for own in (self.weight, self.bias))
-        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
