@@ -103,6 +103,7 @@ class Plan:
     samples_per_epoch: int
     epochs: float
     eval_windows: int | None
+    last_stable: int | None = None
     mixture: tuple[str, ...] = ()
 
     def describe(self) -> str:
@@ -151,6 +152,7 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
         samples_per_epoch=windows.count,
         epochs=round(max_iters * samples_per_step / windows.count, 3),
         eval_windows=None if evaluation.eval_iters is None else evaluation.eval_iters * evaluation.eval_batch_size,
+        last_stable=config.schedule.last_stable(max_iters),
         mixture=tuple(_mixture(splits.train, model.context_length, max_iters * samples_per_step)),
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from accel_pretrain.branching import longer
 from accel_pretrain.checkpoint import TrainState, write_model_description
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import PretrainError
@@ -73,6 +74,7 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
             if due(state.step, config.logging.sample_interval):
                 show_sample(run, state)
             wanted = wanted or best or due(state.step, config.checkpoint.checkpoint_interval) or run.stop.save_due
+            wanted = wanted or state.step == plan.last_stable
             if wanted and not amid_bad_updates(run, state, is_best=best):
                 save(run, state, is_best=best)
                 wanted = False
@@ -258,12 +260,14 @@ def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
 
     facts = {
         "world_size": run.plan.world_size, "tokens_per_step": run.plan.tokens_per_step,
+        "warmup_iters": run.plan.warmup_iters, "max_iters": run.plan.max_iters,
         "data_fingerprint": run.splits.train.fingerprint, "precision": run.accelerator.mixed_precision,
         "tokenizer_fingerprint": (run.splits.train.tokenizer or {}).get("fingerprint"),
         "config_sha256": hashlib.sha256(to_yaml(run.config).encode()).hexdigest(),
     }  # fmt: skip
     run.watchdog.enter("save")
-    run.saver.save(state, facts=facts, write_extras=write_extras, is_best=is_best)
+    is_stable = state.step == run.plan.last_stable
+    run.saver.save(state, facts=facts, write_extras=write_extras, is_best=is_best, is_stable=is_stable)
     run.watchdog.enter("update")
 
 
@@ -283,13 +287,16 @@ def finish(run: TrainingRun, state: TrainState) -> None:
         run.log.line(f"Stopped after update {state.step} of {run.plan.max_iters}; {again} from here")
     elif state.step == run.saver.saved.step:
         run.log.line(
-            f"Nothing to do: {state.step} of {run.plan.max_iters} updates are done; more max_iters, tokens or epochs go on"
+            f"Nothing to do: {state.step} of {run.plan.max_iters} updates are done; "
+            + (longer(run) or "more max_iters, tokens or epochs go on")
         )
     else:
         best = evaluate(run, state, "final")
         if run.config.logging.sample_interval is not None:
             show_sample(run, state)
         _save_last(run, state, is_best=best)
+        if line := longer(run):
+            run.log.line(line[0].upper() + line[1:])
 
 
 def _save_last(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:

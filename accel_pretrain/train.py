@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from accel_pretrain.branching import as_begun, mark_stable, raised_again
 from accel_pretrain.checkpoint import (
     TrainState,
     read_facts,
@@ -150,6 +151,7 @@ def assemble(
     run_dir = config.checkpoint.checkpoint_dir
     checkpoint = prepare_run_directory(accelerator, config, plan, splits)
     if checkpoint is not None:
+        config = as_begun(config, read_state(checkpoint))
         plan = make_plan(config, splits, plan.world_size, read_state(checkpoint))
     seed_everything(config.training.seed)
     module = build_model(accelerator, config.model, plan.vocab_size)
@@ -167,6 +169,7 @@ def assemble(
     with together(accelerator, PretrainError):
         log = RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters)
         if accelerator.is_main_process:
+            mark_stable(run_dir, plan, checkpoint, state)
             about = describe_runtime(accelerator, config.training, config.parallel)
             record_start(run_dir, state.step, about, asdict(plan))
 
@@ -260,8 +263,9 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     ``precision`` is the one in force, in Accelerate's words: where nobody has chosen one, it is another on another processor.
     """
     require_optimizer(checkpoint)
-    read_state(checkpoint)  # what does not count is refused before anything is moved for it
-    saved, now = flat(load(RunConfig, checkpoint / "config.yaml")), flat(config)
+    done = read_state(checkpoint)  # what does not count is refused before anything is moved for it
+    before, config = load(RunConfig, checkpoint / "config.yaml"), as_begun(config, done)
+    saved, now = flat(as_begun(before, done)), flat(config)
     changed = {key: (saved.get(key, "none"), now[key]) for key in now if saved.get(key) != now[key]}
     fixed = ("optimizer.name", "data.sampling", "training.seed")
     problems = [
@@ -284,13 +288,16 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
             f"training.global_batch_size: {checkpoint.name} has {batch} sequences per update, this is {plan.samples_per_step};"
             f" type --global_batch_size {batch} for any number of processes, or --allow_batch_change true to change the curve"
         )
+    plan = make_plan(config, splits, plan.world_size, done)
+    if problem := raised_again(config, plan, before, checkpoint, done):
+        problems.append(problem)
     if problems:
         raise ConfigError([*problems, "to start afresh instead, type another --checkpoint_dir"])
     for key, (old, new) in changed.items():
         if not key.startswith(("logging.", "checkpoint.")):
             print(f"changed since {checkpoint.name}: {key} {old} -> {new}")
-    if (before := facts.get("precision", precision)) != precision and "training.mixed_precision" not in changed:
-        print(f"changed since {checkpoint.name}: the precision {before} -> {precision}; --mixed_precision {before} keeps it")
+    if (had := facts.get("precision", precision)) != precision and "training.mixed_precision" not in changed:
+        print(f"changed since {checkpoint.name}: the precision {had} -> {precision}; --mixed_precision {had} keeps it")
 
 
 def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notice: str | None) -> None:

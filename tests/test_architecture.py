@@ -43,7 +43,7 @@ LEVELS = (
     ("generate", "validation", "hindsight"),
     ("config", "outlook", "lint_settings", "lint_run", "lint"),
     (
-        *("origin", "run", "recovery", "loop", "harness", "proofs", "trial", "ladder", "heldout"),
+        *("origin", "run", "branching", "recovery", "loop", "harness", "proofs", "trial", "ladder", "heldout"),
         *("report_facts", "report_figures", "report_page"),
     ),
     ("train", "evaluate", "sample", "plan", "tune", "doctor", "hf", "plot", "report", "compare"),
