@@ -20,10 +20,16 @@ STABLE = "stable"
 
 
 def as_begun(config: RunConfig, done: TrainState) -> RunConfig:
-    """The config of a run that goes on, with the warm-up of its beginning where it says none: 2 % of another length differ."""
-    if config.schedule.warmup_iters is not None or done.warmup_iters is None:
-        return config
-    return replace(config, schedule=replace(config.schedule, warmup_iters=done.warmup_iters))
+    """The config of a run that goes on, with what followed from its first length and machine where it does not say otherwise.
+
+    That is the warm-up of the rate, which were 2 % of another length now, and the size from which updates grow.
+    """
+    schedule, training = config.schedule, config.training
+    if schedule.warmup_iters is None and done.warmup_iters is not None:
+        schedule = replace(schedule, warmup_iters=done.warmup_iters)
+    if training.batch_warmup_tokens is not None and training.batch_warmup_from is None and done.batch_warmup_from:
+        training = replace(training, batch_warmup_from=done.batch_warmup_from)
+    return replace(config, schedule=schedule, training=training)
 
 
 def mark_stable(run_dir: Path, plan: Plan, checkpoint: Path | None, done: TrainState) -> None:

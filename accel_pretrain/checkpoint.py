@@ -77,6 +77,7 @@ class TrainState:
     owes_evaluation: bool = False  # one was abandoned to save and leave
     warmup_iters: int | None = None  # of the plan in force when this was saved; null in checkpoints of version 0.1.0
     max_iters: int | None = None  # likewise
+    batch_warmup_from: int | None = None  # likewise
     health: Health = field(default_factory=Health)
 
 
@@ -92,6 +93,7 @@ def read_state(checkpoint: Path) -> TrainState:
             best_val_loss=None if document["best_val_loss"] is None else float(document["best_val_loss"]),
             owes_evaluation=document.get("owes_evaluation") is True, health=Health.parse(document.get("health")),
             warmup_iters=_count(document.get("warmup_iters")), max_iters=_count(document.get("max_iters")),
+            batch_warmup_from=_count(document.get("batch_warmup_from")),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{checkpoint / STATE} is not as a run writes it ({error})") from None

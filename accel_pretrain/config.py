@@ -6,12 +6,12 @@ Nothing ever assigns to a config. What is only known once the data and the proce
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import torch
 
 from accel_pretrain import __version__
+from accel_pretrain.batch_warmup import BatchWarmup
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState
 from accel_pretrain.data import DataConfig, Windows
 from accel_pretrain.errors import ConfigError
@@ -104,14 +104,43 @@ class Plan:
     epochs: float
     eval_windows: int | None
     last_stable: int | None = None
+    batch_warmup_from: int | None = None
+    batch_warmup_samples: int = 0
     mixture: tuple[str, ...] = ()
+
+    @property
+    def batch_warmup(self) -> BatchWarmup | None:
+        """How updates grow at the beginning; None where all are alike."""
+        if self.batch_warmup_from is None:
+            return None
+        return BatchWarmup(self.batch_warmup_from, self.samples_per_step, self.batch_warmup_samples)
+
+    @property
+    def samples(self) -> int:
+        """What a run of ``max_iters`` such updates reads."""
+        warmup = self.batch_warmup
+        return warmup.consumed_after(self.max_iters) if warmup else self.max_iters * self.samples_per_step
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * (self.tokens_per_step // self.samples_per_step)
+
+    def samples_of(self, consumed: int) -> int:
+        """Sequences of the update that begins when so many samples were consumed: ``samples_per_step``, or fewer at first."""
+        warmup = self.batch_warmup
+        return self.samples_per_step if warmup is None else warmup.size(consumed)
+
+    def begin_of(self, step: int, done: TrainState) -> int:
+        """How many samples were consumed when update ``step`` began, seen from ``done``: the next update, or one before."""
+        begin, warmup = done.samples + (step - 1 - done.step) * self.samples_per_step, self.batch_warmup
+        return begin if warmup is None or begin >= min(warmup.over, done.samples) else warmup.consumed_after(step - 1)
 
     def describe(self) -> str:
         """A table for people."""
         lines = [
             f"{key:<20} {value:,}" if isinstance(value, int) else f"{key:<20} {value}"
             for key, value in dataclasses.asdict(self).items()
-            if key != "mixture"
+            if key != "mixture" and (self.batch_warmup_from is not None or not key.startswith("batch_warmup"))
         ]
         return "\n".join([*lines, *(f"mixture              {part}" for part in self.mixture)])
 
@@ -128,7 +157,10 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
     vocab_size = _vocab_size(model, splits, problems)
     windows = Windows(splits.train, model.context_length)
     Windows(splits.val, model.context_length)  # refuses a split that is smaller than one window
-    max_iters = _max_iters(training, samples_per_step, model.context_length, windows.count, done or TrainState())
+    done = done or TrainState()
+    warmup = _batch_warmup(config, samples_per_step, world_size, done, problems)
+    max_iters = _max_iters(training, warmup, model.context_length, windows.count, done)
+    samples = warmup.consumed_after(max_iters)
     problems += (f"schedule.{problem}" for problem in config.schedule.problems(config.optimizer.lr, max_iters))
     problems += _tokenizer_problems(config, splits)
     if problems:
@@ -150,10 +182,12 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
         train_tokens=splits.train.tokens,
         val_tokens=splits.val.tokens,
         samples_per_epoch=windows.count,
-        epochs=round(max_iters * samples_per_step / windows.count, 3),
+        epochs=round(samples / windows.count, 3),
         eval_windows=None if evaluation.eval_iters is None else evaluation.eval_iters * evaluation.eval_batch_size,
         last_stable=config.schedule.last_stable(max_iters),
-        mixture=tuple(_mixture(splits.train, model.context_length, max_iters * samples_per_step)),
+        batch_warmup_from=warmup.first if warmup.over else None,
+        batch_warmup_samples=warmup.over,
+        mixture=tuple(_mixture(splits.train, model.context_length, samples)),
     )
 
 
@@ -200,14 +234,32 @@ def _vocab_size(model: ModelConfig, splits: Splits, problems: list[str]) -> int:
     return vocab_size or largest + 1
 
 
-def _max_iters(training: TrainingConfig, samples_per_step: int, context_length: int, windows: int, done: TrainState) -> int:
+def _batch_warmup(config: RunConfig, full: int, world_size: int, done: TrainState, problems: list[str]) -> BatchWarmup:
+    """How the updates grow; over no samples where they do not, or no more."""
+    training, one = config.training, config.training.batch_size * world_size
+    if training.batch_warmup_tokens is None:
+        return BatchWarmup(full, full, 0)
+    over = -(-training.batch_warmup_tokens // config.model.context_length)
+    first = training.batch_warmup_from or one
+    fits = first % one == 0 and full % first == 0
+    if not fits and done.samples < over:
+        sizes = [size for size in range(1, first + 1) if first % (size * world_size) == 0]
+        problems.append(
+            f"training.batch_warmup_from: {first} sequences must be a multiple of batch_size {training.batch_size} x "
+            f"{world_size} processes = {one}, and a divisor of the {full} of a whole update; try --batch_warmup_from {one}"
+            + (f", or --batch_size {sizes[-1]}" if first % one and sizes else "")
+        )
+    return BatchWarmup(first, full, over) if fits and first < full else BatchWarmup(full, full, 0)
+
+
+def _max_iters(training: TrainingConfig, warmup: BatchWarmup, context_length: int, windows: int, done: TrainState) -> int:
     if training.max_tokens is not None:
         left = (training.max_tokens - done.tokens) / context_length
     elif training.epochs is not None:
         left = training.epochs * windows - done.samples
     else:
         return training.max_iters or 100_000
-    return done.step + max(0, math.ceil(round(left / samples_per_step, 6)))
+    return done.step + warmup.updates_until(done.samples + left, done.samples)
 
 
 def _tokenizer_problems(config: RunConfig, splits: Splits) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from accel_pretrain.batch_warmup import BatchWarmup
 from accel_pretrain.errors import DataError, refuse
 from accel_pretrain.mixture import Turns, mixture_problems
 from accel_pretrain.permutation import Permutation, key_of, uniform
@@ -163,6 +164,7 @@ class TokenBatches:
         batch_size: int,
         seed: int,
         accumulation: int = 1,
+        warmup: BatchWarmup | None = None,
         sampling: Literal["shuffle", "random"] = "shuffle",
         world_size: int = 1,
         rank: int = 0,
@@ -177,6 +179,7 @@ class TokenBatches:
         self._turns = Turns(split.weights) if split.parts else None
         micro_steps, rows = np.arange(accumulation)[:, None], np.arange(batch_size)
         self._samples_per_step = accumulation * world_size * batch_size
+        self._warmup, self._per_micro_step = warmup, world_size * batch_size
         self._share = (micro_steps * world_size + rank) * batch_size + rows
         # Small updates are read several at a time, since a call of NumPy costs more than what it copies for one of them.
         ahead = _READ_AHEAD_BYTES // (8 * self._share.size * (context_length + 1))
@@ -195,7 +198,10 @@ class TokenBatches:
 
     def numbers(self, first_sample: int) -> np.ndarray:
         """Which samples :meth:`micro_batches` gives: their numbers, int64 (micro-steps, batch size)."""
-        return numbers_of(first_sample + self._share, self._left_out)
+        share = self._share
+        if self._warmup is not None:
+            share = share[: self._warmup.size(first_sample) // self._per_micro_step]
+        return numbers_of(first_sample + share, self._left_out)
 
     def micro_batches(self, first_sample: int) -> list[Batch]:
         """This process's micro-batches, in order, of the update that begins when ``first_sample`` samples were consumed."""
@@ -205,8 +211,14 @@ class TokenBatches:
         return self._ahead[update]
 
     def _read_updates(self, first_sample: int) -> list[list[Batch]]:
+        if self._warmup is not None and first_sample < self._warmup.over:
+            return [self._read(self.numbers(first_sample)[None])[0]]
         begins = first_sample + np.arange(self._updates_ahead) * self._samples_per_step
         numbers = numbers_of(begins[:, None, None] + self._share, self._left_out)
+        return self._read(numbers)
+
+    def _read(self, numbers: np.ndarray) -> list[list[Batch]]:
+        """The samples with these numbers: (updates, micro-steps, batch size)."""
         ids = torch.from_numpy(self.samples(numbers.ravel())).unflatten(0, numbers.shape)
         return [[Batch(ids_BS) for ids_BS in update] for update in ids]
 

@@ -61,7 +61,7 @@ def data(o: Outlook) -> Findings:
 def mixture(o: Outlook) -> Findings:
     """The parts of a mixture: small ones come round soon."""
     assert o.splits is not None
-    train, samples, total = o.splits.train, o.plan.max_iters * o.plan.samples_per_step, sum(o.splits.train.weights)
+    train, samples, total = o.splits.train, o.plan.samples, sum(o.splits.train.weights)
     for part, weight in zip(train.parts, train.weights, strict=True):
         passes = samples * weight / total / Windows(part, o.config.model.context_length).count
         if passes > FEW_PASSES and passes > 1.5 * (o.passes or 0):

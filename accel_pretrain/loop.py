@@ -34,18 +34,19 @@ _NOTHING = contextlib.nullcontext()
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did: global mean loss in nats per token and norm before clipping, still on the device, and its rate."""
+    """What one update did: global mean loss in nats per token and norm before clipping, still on the device; rate and size."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     lr: float
+    samples: int
 
 
 def fit(run: TrainingRun, state: TrainState) -> TrainState:
     """Train from ``state`` to the end of the plan, or to a wish to stop; evaluate, report and save on the way."""
     config, plan = run.config, run.plan
     wanted = False  # whether a checkpoint is due
-    run.watch.restart(state.step)
+    run.watch.restart(state.step, state.tokens)
     if state.owes_evaluation:
         make_up_for_evaluation(run, state)
     run.watchdog.enter("first update")
@@ -57,8 +58,8 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
             wanted = False
             continue
         state.step += 1
-        state.samples += plan.samples_per_step
-        state.tokens += plan.tokens_per_step
+        state.samples += update.samples
+        state.tokens += update.samples * config.model.context_length
         run.log.advance()
         run.watchdog.enter("update")
         if state.step == AFTER and (line := compared(run.run_dir, tokens_per_sec(run, state), run.accelerator.device)):
@@ -84,7 +85,7 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
 
 def tokens_per_sec(run: TrainingRun, state: TrainState) -> float:
     """Of all processes, since the last time that it was logged."""
-    return run.plan.tokens_per_step / run.watch.seconds_per_step(state.step)
+    return run.watch.tokens_per_second(state.tokens)
 
 
 def due(step: int, every: int | None) -> bool:
@@ -102,27 +103,29 @@ def train_step(run: TrainingRun, state: TrainState) -> Update | None:
     accelerator, plan, config = run.accelerator, run.plan, run.config
     lr = config.schedule.lr(state.step + 1, config.optimizer.lr, plan.max_iters)
     set_lr(run.optimizer, lr)
+    samples, micro_batches = plan.samples_of(state.samples), run.batches.micro_batches(state.samples)
+    weights_B = run.weights_B if samples == plan.samples_per_step else run.weights_B * (plan.samples_per_step / samples)
     nats: list[torch.Tensor] = []
-    for micro_step, cpu_batch in enumerate(run.batches.micro_batches(state.samples)):
-        if run.stop.drops_update(micro_step, plan.accumulation):
+    for micro_step, cpu_batch in enumerate(micro_batches):
+        if run.stop.drops_update(micro_step, len(micro_batches)):
             run.optimizer.zero_grad()
             return None
         run.watchdog.beat()
         batch = cpu_batch.to(accelerator.device)
         if config.model.dropout:
             seed_dropout(config.training.seed, state.step, micro_step * plan.world_size + accelerator.process_index)
-        exchange = plan.world_size == 1 or micro_step == plan.accumulation - 1
+        exchange = plan.world_size == 1 or micro_step == len(micro_batches) - 1
         with _NOTHING if exchange else withheld(accelerator, run.model):
             nats_B = run.model(batch.inputs_BT, batch.targets_BT)
-            accelerator.backward(nats_B, gradient=run.weights_B)
+            accelerator.backward(nats_B, gradient=weights_B)
         nats.append(nats_B.detach())
     grad_norm = accelerator.clip_grad_norm_(run.parameters, config.training.grad_clip or float("inf"))
     assert grad_norm is not None  # as it would be under DeepSpeed
     grad_norm = whole(grad_norm)
-    loss = _sum_over_processes(run, torch.cat(nats).sum()) / plan.tokens_per_step
+    loss = _sum_over_processes(run, torch.cat(nats).sum()) / (samples * config.model.context_length)
     run.saver.wait_until_copied()  # a checkpoint may be in the making
     run.guard.step(accelerator, run.optimizer, state.health, state.step + 1, loss, grad_norm)
-    return Update(loss=loss, grad_norm=grad_norm, lr=lr)
+    return Update(loss=loss, grad_norm=grad_norm, lr=lr, samples=samples)
 
 
 def _sum_over_processes(run: TrainingRun, value: torch.Tensor) -> torch.Tensor:
@@ -139,20 +142,20 @@ def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
     run.guard.settle(state.health)
     loss, grad_norm, skipped = update.loss.item(), update.grad_norm.item(), state.health.skipped
     seconds = run.watch.seconds_per_step(state.step)
-    tokens_per_sec = run.plan.tokens_per_step / seconds
+    rate = tokens_per_sec(run, state)
     metrics = {
         "train/loss": loss,
         "train/learning_rate": update.lr,
         "train/grad_norm": grad_norm,
-        "train/tokens_per_sec": tokens_per_sec,
+        "train/tokens_per_sec": rate,
         "train/iter_time_ms": seconds * 1000,
     }
     line = (
         f"Iter {state.step:>6} | Loss: {loss:.4f} | LR: {update.lr:.2e} | Grad norm: {grad_norm:.2f} | "
-        f"Time: {seconds * 1000:.1f}ms | Tokens/sec: {tokens_per_sec:.0f}"
+        f"Time: {seconds * 1000:.1f}ms | Tokens/sec: {rate:.0f}"
     )
     if peak := peak_flops(run.accelerator.device):
-        metrics["train/mfu"] = tokens_per_sec * run.plan.flops_per_token / (peak * run.plan.world_size)
+        metrics["train/mfu"] = rate * run.plan.flops_per_token / (peak * run.plan.world_size)
         line += f" | MFU: {metrics['train/mfu']:.1%}"
     if peak_memory := most_memory(run.accelerator.device):
         metrics["train/peak_memory_gb"] = peak_memory / 1e9
@@ -161,7 +164,7 @@ def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
         line += f" | Skipped: {skipped}"
     run.log.line(line)
     run.log.metrics(state.step, state.tokens, metrics)
-    run.watch.restart(state.step)
+    run.watch.restart(state.step, state.tokens)
 
 
 def evaluate(run: TrainingRun, state: TrainState, prefix: str) -> bool:
@@ -261,6 +264,7 @@ def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
     facts = {
         "world_size": run.plan.world_size, "tokens_per_step": run.plan.tokens_per_step,
         "warmup_iters": run.plan.warmup_iters, "max_iters": run.plan.max_iters,
+        "batch_warmup_from": run.plan.batch_warmup_from,
         "data_fingerprint": run.splits.train.fingerprint, "precision": run.accelerator.mixed_precision,
         "tokenizer_fingerprint": (run.splits.train.tokenizer or {}).get("fingerprint"),
         "config_sha256": hashlib.sha256(to_yaml(run.config).encode()).hexdigest(),

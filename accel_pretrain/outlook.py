@@ -55,7 +55,7 @@ class Outlook:
 
     @property
     def tokens(self) -> int:
-        return self.plan.max_iters * self.plan.tokens_per_step
+        return self.plan.tokens
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -100,7 +100,8 @@ class Outlook:
 
     @property
     def hours(self) -> float | None:
-        return None if self.pace is None else self.pace.seconds * self.plan.max_iters / 3600
+        """By the time of whole updates: smaller ones at the beginning take as much less."""
+        return None if self.pace is None else self.pace.seconds * (self.tokens / self.plan.tokens_per_step) / 3600
 
     @property
     def eval_windows(self) -> int | None:
@@ -170,7 +171,7 @@ def workload(config: RunConfig, plan: Plan, device: str) -> Workload:
     """What one process of a run has to carry. What a launcher may ask for is not known here."""
     optimizer = config.optimizer
     moments = int(optimizer.momentum > 0) if isinstance(optimizer, SGD) else 2
-    flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
+    flops = plan.flops_per_token * plan.tokens / plan.world_size
     return Workload(
         model=config.model, vocab_size=plan.vocab_size, batch_size=plan.batch_size, accumulation=plan.accumulation,
         precision=precision_of(config, device), device="cpu" if device == "cpu" else "cuda",

@@ -160,7 +160,7 @@ def assemble(
         fill(module, module.initial_weights() if origin is None else weights_of(origin, module, splits))
     model, optimizer = prepare(accelerator, module, config.optimizer.build)
     state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
-    flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
+    flops = plan.flops_per_token * plan.tokens / plan.world_size
     compiled, notice = resolve_compile(config.training, flops, accelerator.device)
     module.recompute(config.training.activation_checkpointing)
     module.chunked_loss = config.training.chunked_loss
@@ -188,7 +188,7 @@ def assemble(
         log=log, saver=saver,
         batches=TokenBatches(
             splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
-            accumulation=plan.accumulation, sampling=config.data.sampling,
+            accumulation=plan.accumulation, warmup=plan.batch_warmup, sampling=config.data.sampling,
             world_size=plan.world_size, rank=accelerator.process_index,
         ),
     )  # fmt: skip
@@ -314,6 +314,8 @@ def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notic
         f"Batch: {plan.batch_size} sequences x {plan.accumulation} micro-steps x {plan.world_size} processes = "
         f"{plan.tokens_per_step:,} tokens per update"
     )
+    if plan.batch_warmup_from is not None:
+        say(f"Batch warm-up: from {plan.batch_warmup_from} sequences, over {plan.batch_warmup_samples:,} of them")
     say(f"Max iterations: {plan.max_iters} ({plan.epochs:g} passes over the data)")
     for part in plan.mixture:
         say(f"Mixture: {part}")

@@ -196,6 +196,7 @@ def _timer(run: TrainingRun, state: TrainState) -> Callable[[], float]:
 
 def _plan(config: RunConfig, splits: Splits, accumulation: int, updates: int) -> Plan:
     amounts = {"global_batch_size": None, "gradient_accumulation_steps": accumulation, "max_tokens": None, "epochs": None}
+    amounts |= {"batch_warmup_tokens": None, "batch_warmup_from": None}  # what is timed is a whole update
     training = replace(config.training, max_iters=updates, **amounts)
     return make_plan(replace(config, training=training), splits, 1)
 
