@@ -239,6 +239,7 @@ def read_model(checkpoint: Path) -> Transformer:
     except _DOES_NOT_LOAD as error:
         raise CheckpointError(f"{checkpoint / WEIGHTS} does not fit its {MODEL}: {str(error).splitlines()[0][:300]}") from None
     model.make_tables()
+    model.document_id = _count(read_facts(checkpoint).get("document_id"))
     return model.eval()
 
 

@@ -75,7 +75,7 @@ def told(config: RunConfig, splits: Splits, precision: str) -> dict[str, object]
         key: value for key, value in flat(config).items() if not key.startswith(("data.", "logging.")) and key not in own
     }
     return settings | {
-        "data.sampling": config.data.sampling,
+        **{f"data.{key}": getattr(config.data, key) for key in ("sampling", "packing", "intra_document_masking")},
         "the tokens of data.train_data_path": splits.train.fingerprint,
         "the tokens of data.val_data_path": splits.val.fingerprint,
         "the precision": precision,
@@ -106,6 +106,7 @@ class Plan:
     last_stable: int | None = None
     batch_warmup_from: int | None = None
     batch_warmup_samples: int = 0
+    document_id: int | None = None
     mixture: tuple[str, ...] = ()
 
     @property
@@ -155,7 +156,7 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
     accumulation = _accumulation(training, world_size, problems)
     samples_per_step = training.batch_size * world_size * accumulation
     vocab_size = _vocab_size(model, splits, problems)
-    windows = Windows(splits.train, model.context_length)
+    windows = Windows(splits.train, model.context_length, config.data.packing)
     Windows(splits.val, model.context_length)  # refuses a split that is smaller than one window
     done = done or TrainState()
     warmup = _batch_warmup(config, samples_per_step, world_size, done, problems)
@@ -163,6 +164,7 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
     samples = warmup.consumed_after(max_iters)
     problems += (f"schedule.{problem}" for problem in config.schedule.problems(config.optimizer.lr, max_iters))
     problems += _tokenizer_problems(config, splits)
+    document_id = _document_id(config, splits, problems)
     if problems:
         raise ConfigError(problems)
     with torch.device("meta"):
@@ -187,7 +189,8 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
         last_stable=config.schedule.last_stable(max_iters),
         batch_warmup_from=warmup.first if warmup.over else None,
         batch_warmup_samples=warmup.over,
-        mixture=tuple(_mixture(splits.train, model.context_length, samples)),
+        document_id=document_id,
+        mixture=tuple(_mixture(splits.train, config, samples)),
     )
 
 
@@ -271,11 +274,23 @@ def _tokenizer_problems(config: RunConfig, splits: Splits) -> list[str]:
     return []
 
 
-def _mixture(train: TokenSplit, context_length: int, samples: int) -> list[str]:
+def _document_id(config: RunConfig, splits: Splits, problems: list[str]) -> int | None:
+    """The id with which a document begins, where tokens are to see only their own."""
+    if not config.data.intra_document_masking:
+        return None
+    if splits.train.tokenizer is None:
+        problems.append(
+            "data.intra_document_masking: a bare file of ids does not say which ends a text; make a dataset with prep.tokenize"
+        )
+        return None
+    return int(splits.train.tokenizer["eot_id"])
+
+
+def _mixture(train: TokenSplit, config: RunConfig, samples: int) -> list[str]:
     """For each dataset of a mixture its share of the samples, and how often a run of so many ``samples`` reads it."""
     total = sum(train.weights)
     lines = []
     for part, weight in zip(train.parts, train.weights, strict=True):
-        passes = samples * weight / total / Windows(part, context_length).count
+        passes = samples * weight / total / Windows(part, config.model.context_length, config.data.packing).count
         lines.append(f"{weight / total:.2%} {part.source}: {part.tokens:,} tokens, read {passes:.2f} times")
     return lines

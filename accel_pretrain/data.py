@@ -20,12 +20,14 @@ import torch
 from accel_pretrain.batch_warmup import BatchWarmup
 from accel_pretrain.errors import DataError, refuse
 from accel_pretrain.mixture import Turns, mixture_problems
+from accel_pretrain.packing import packed_begins
 from accel_pretrain.permutation import Permutation, key_of, uniform
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.typed_yaml import option
 
 _READ_AHEAD_BYTES = 1 << 20
 _FEW_FILES = 8
+Packing = Literal["windows", "bos"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,12 @@ class DataConfig:
         "shuffle", "shuffle: every window once per epoch, in a new order; random: windows drawn with replacement"
     )
     dtype: Literal["uint16", "uint32"] | None = option(None, "of a bare file; null: the dataset's, or uint16")
+    packing: Literal["windows", "bos"] = option(
+        "windows", "windows: cut anywhere, every token once per epoch; bos: a window begins where a document does"
+    )
+    intra_document_masking: bool = option(
+        False, "tokens see only their own document, in training and evaluation, and positions begin again with each"
+    )
 
     def __post_init__(self) -> None:
         for key, given, weighted in (("train", self.train_data_path, True), ("val", self.val_data_path, False)):
@@ -78,9 +86,10 @@ class Windows:
     Windows do not cross files. Within a file of n ids, window w begins at ``min(phase + w * T, n - 1 - T)``: the phase, below
     T, moves all cuts, and the last window is moved back to fit, so that every epoch has the same number of windows.
     A *start* is where a window begins, counted through all files over the beginnings that have T ids behind them.
+    With the ``packing`` "bos", windows begin where documents do, whatever the phase: see :mod:`accel_pretrain.packing`.
     """
 
-    def __init__(self, split: TokenSplit, context_length: int) -> None:
+    def __init__(self, split: TokenSplit, context_length: int, packing: Packing = "windows") -> None:
         self.context_length = context_length
         files = [file for file in split.files if file.size > context_length]
         if not files:
@@ -94,9 +103,36 @@ class Windows:
         self._start_ends = np.cumsum([view.shape[0] for view in self._views])
         self.count = int(self._window_ends[-1])
         self.starts = int(self._start_ends[-1])
+        self._begins = self._packed(split) if packing == "bos" else None
+        if self._begins is not None:
+            self.count = self._begins.size
+
+    def _packed(self, split: TokenSplit) -> np.ndarray:
+        """The starts of all windows that begin with a document; DataError where nobody knows where documents end."""
+        if split.document_ends is None:
+            raise DataError(
+                f"{split.source}: it is not known where its documents end, which data.packing bos goes by; "
+                "write it with prep.tokenize, or type --packing windows"
+            )
+        known = [
+            (file.size, ends)
+            for file, ends in zip(split.files, split.document_ends, strict=True)
+            if file.size > self.context_length
+        ]
+        firsts = [0, *self._start_ends[:-1].tolist()]
+        parts = [packed_begins(size, ends, self.context_length) + at for (size, ends), at in zip(known, firsts, strict=True)]
+        return np.concatenate(parts)
+
+    def draw(self, key: int, numbers: np.ndarray) -> np.ndarray:
+        """The starts of windows drawn with replacement."""
+        if self._begins is None:
+            return uniform(key, numbers, self.starts)
+        return self._begins[uniform(key, numbers, self.count)]
 
     def starts_of(self, windows: np.ndarray, phases: np.ndarray | int = 0) -> np.ndarray:
         """Where each of N windows begins when cut at its phase."""
+        if self._begins is not None:
+            return self._begins[windows]
         files = np.searchsorted(self._window_ends, windows, side="right")
         first_window = np.concatenate(([0], self._window_ends))[files]
         first_start = np.concatenate(([0], self._start_ends))[files]
@@ -129,7 +165,7 @@ class _Order:
     def starts(self, numbers: np.ndarray) -> np.ndarray:
         """The starts of samples in ascending order of their numbers."""
         if self.sampling == "random":
-            return uniform(key_of(self.seed), numbers, self.windows.starts)
+            return self.windows.draw(key_of(self.seed), numbers)
         epochs, ranks = np.divmod(numbers, self.windows.count)
         windows, phases = np.empty_like(numbers), np.empty_like(numbers)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
@@ -166,13 +202,14 @@ class TokenBatches:
         accumulation: int = 1,
         warmup: BatchWarmup | None = None,
         sampling: Literal["shuffle", "random"] = "shuffle",
+        packing: Packing = "windows",
         world_size: int = 1,
         rank: int = 0,
     ) -> None:
-        self.windows = Windows(split, context_length)
+        self.windows = Windows(split, context_length, packing)
         self.sampling = sampling
         self.samples_per_epoch = self.windows.count
-        parts = [Windows(part, context_length) for part in split.parts] or [self.windows]
+        parts = [Windows(part, context_length, packing) for part in split.parts] or [self.windows]
         seeds = [seed, *(key_of(seed, part) for part in range(1, len(parts)))]  # the first is read as it would be alone
         self._parts = [_Order(windows, own, sampling) for windows, own in zip(parts, seeds, strict=True)]
         self._first_starts = np.cumsum([0, *(windows.starts for windows in parts)])

@@ -63,7 +63,8 @@ def mixture(o: Outlook) -> Findings:
     assert o.splits is not None
     train, samples, total = o.splits.train, o.plan.samples, sum(o.splits.train.weights)
     for part, weight in zip(train.parts, train.weights, strict=True):
-        passes = samples * weight / total / Windows(part, o.config.model.context_length).count
+        windows = Windows(part, o.config.model.context_length, o.config.data.packing)
+        passes = samples * weight / total / windows.count
         if passes > FEW_PASSES and passes > 1.5 * (o.passes or 0):
             text = f"data.train_data_path: {part.source} would be read {passes:.1f} times"
             fair = max(weight / total * FEW_PASSES / passes, 0.0001)

@@ -264,7 +264,7 @@ def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
     facts = {
         "world_size": run.plan.world_size, "tokens_per_step": run.plan.tokens_per_step,
         "warmup_iters": run.plan.warmup_iters, "max_iters": run.plan.max_iters,
-        "batch_warmup_from": run.plan.batch_warmup_from,
+        "batch_warmup_from": run.plan.batch_warmup_from, "document_id": run.plan.document_id,
         "data_fingerprint": run.splits.train.fingerprint, "precision": run.accelerator.mixed_precision,
         "tokenizer_fingerprint": (run.splits.train.tokenizer or {}).get("fingerprint"),
         "config_sha256": hashlib.sha256(to_yaml(run.config).encode()).hexdigest(),

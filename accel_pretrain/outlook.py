@@ -214,6 +214,9 @@ def look_ahead(
     plan: Plan | None = None,
 ) -> Outlook:
     """The outlook on a run, without its pace. Raises :class:`ConfigError` with everything that does not fit together."""
+    if plan is None and splits is None:
+        nowhere = replace(config, data=replace(config.data, packing="windows", intra_document_masking=False))
+        plan = make_plan(nowhere, unknown_splits(config), world_size)
     plan = plan or make_plan(config, splits or unknown_splits(config), world_size)
     load = workload(config, plan, machine.device if machine else "cuda")
     return Outlook(

@@ -163,7 +163,7 @@ def assemble(
     flops = plan.flops_per_token * plan.tokens / plan.world_size
     compiled, notice = resolve_compile(config.training, flops, accelerator.device)
     module.recompute(config.training.activation_checkpointing)
-    module.chunked_loss = config.training.chunked_loss
+    module.chunked_loss, module.document_id = config.training.chunked_loss, plan.document_id
     if compiled:
         module.compile_parts()
     with together(accelerator, PretrainError):
@@ -189,6 +189,7 @@ def assemble(
         batches=TokenBatches(
             splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
             accumulation=plan.accumulation, warmup=plan.batch_warmup, sampling=config.data.sampling,
+            packing=config.data.packing,
             world_size=plan.world_size, rank=accelerator.process_index,
         ),
     )  # fmt: skip
@@ -267,7 +268,7 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     before, config = load(RunConfig, checkpoint / "config.yaml"), as_begun(config, done)
     saved, now = flat(as_begun(before, done)), flat(config)
     changed = {key: (saved.get(key, "none"), now[key]) for key in now if saved.get(key) != now[key]}
-    fixed = ("optimizer.name", "data.sampling", "training.seed")
+    fixed = ("optimizer.name", "data.sampling", "data.packing", "data.intra_document_masking", "training.seed")
     problems = [
         f"{key}: {checkpoint.name} has {old}, this config says {new}"
         for key, (old, new) in changed.items()

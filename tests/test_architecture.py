@@ -16,7 +16,17 @@ LEVELS = (
     ("redaction", "errors", "files", "commit", "lock", "status"),
     (
         *("yaml_files", "typed_values", "typed_keys", "typed_yaml", "manifest", "token_formats", "shards"),
-        *("mixture", "split_patterns", "token_text", "tokenizer", "permutation", "schedule", "batch_warmup", "errorbars"),
+        *(
+            "mixture",
+            "split_patterns",
+            "token_text",
+            "tokenizer",
+            "permutation",
+            "schedule",
+            "batch_warmup",
+            "packing",
+            "errorbars",
+        ),
     ),
     ("models", "loss", "optim", "data", "estimates", "hardware", "cluster", "probe"),
     (

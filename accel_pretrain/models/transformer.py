@@ -23,6 +23,7 @@ from accel_pretrain.loss import next_token_loss
 from accel_pretrain.models import cpu_loss, head_loss
 from accel_pretrain.models.attention import Attention, View, visible
 from accel_pretrain.models.config import ModelConfig
+from accel_pretrain.models.documents import begins_of_documents, visible_in_documents
 from accel_pretrain.models.kv_cache import KVCache
 from accel_pretrain.models.norm import build_norm
 from accel_pretrain.models.precision import for_products
@@ -116,6 +117,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.compiled = config, vocab_size, False
         self.chunked_loss = False  # see head_loss
+        self.document_id: int | None = None  # the id with which a document begins, where tokens see only their own
         self.embed_tokens = TokenEmbedding(vocab_size, config.d_model, tied=config.tie_embeddings)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.context_length, config.d_model)
@@ -195,7 +197,8 @@ class Transformer(nn.Module):
         last_only: bool = False,
     ) -> torch.Tensor:
         config = self.config
-        positions, views = self._look(tokens_BT, cache)
+        packed = cache is None and self.document_id is not None
+        positions, views = self._look_within(tokens_BT) if packed else self._look(tokens_BT, cache)
         x_BTD = self.embed_tokens(tokens_BT)
         if config.scale_embeddings:
             x_BTD = x_BTD * math.sqrt(config.d_model)
@@ -243,6 +246,18 @@ class Transformer(nn.Module):
         window = self.config.sliding_window
         sliding = View(self._angles(positions, sliding=True), *visible(T, end, window, padding_B, device))
         return positions, (full, sliding._replace(window=window if padding_B is None and window < end else None))
+
+    def _look_within(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, tuple[View, View]]:
+        """The same, of windows in which each document sees itself alone."""
+        assert self.document_id is not None
+        begins_BT = begins_of_documents(tokens_BT, self.document_id)
+        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) - begins_BT
+        window = self.config.sliding_window
+        full = View(self._angles(positions_BT, sliding=False), visible_in_documents(begins_BT, None), is_causal=False)
+        if window is None:
+            return positions_BT, (full, full)
+        mask = visible_in_documents(begins_BT, window)
+        return positions_BT, (full, View(self._angles(positions_BT, sliding=True), mask, is_causal=False))
 
     def _angles(self, positions: slice | torch.Tensor, *, sliding: bool) -> torch.Tensor | None:
         if self.config.position == "learned":
