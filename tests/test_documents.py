@@ -11,12 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 
 from accel_pretrain import evaluate
 from accel_pretrain.data import TokenBatches, Windows
 from accel_pretrain.errors import DataError
 from accel_pretrain.mixture import open_data
 from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.models import documents as documents_of_models
+from accel_pretrain.models.attention import View, attend
 from accel_pretrain.packing import packed_begins
 from accel_pretrain.shards import Manifest, ShardWriter, open_split, write_manifest
 from accel_pretrain.tokenizer import ByteTokenizer
@@ -150,6 +153,27 @@ def test_a_packed_window_is_its_documents_alone(shape: dict[str, Any]):
         control_BTV, _ = packed_and_alone(shape, None)
         torch.testing.assert_close(control_BTV[2], alone_BTV[2], atol=2e-5, rtol=1e-4)
         assert (control_BTV[:2] - alone_BTV[:2]).abs().max() > 0.05
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, 5.0)])
+def test_blocks_see_what_the_mask_sees(monkeypatch: pytest.MonkeyPatch, window: int | None, softcap: float | None):
+    """What flex attention gets on a GPU, computed here without its kernel."""
+    monkeypatch.setattr(documents_of_models, "kernel", lambda: flex_attention)
+    torch.manual_seed(1)
+    tokens_BT = torch.randint(1, V, (2, 256))
+    tokens_BT[0, [3, 140, 141]] = EOT
+    begins_BT = documents_of_models.begins_of_documents(tokens_BT, EOT)
+    q_BHTE, k_BGTE, v_BGTE = (torch.randn(2, heads, 256, 16) for heads in (4, 2, 2))
+    mask = documents_of_models.visible_in_documents(begins_BT, window)
+    blocks = documents_of_models.blocks_in_documents(begins_BT, window)
+    found = [
+        attend(q_BHTE, k_BGTE, v_BGTE, view, scale=0.25, softcap=softcap, dropout=0.0)
+        for view in (View(None, None, False, blocks=blocks), View(None, mask, False))
+    ]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+    control = attend(q_BHTE, k_BGTE, v_BGTE, View(None, None, True), scale=0.25, softcap=softcap, dropout=0.0)
+    assert (control - found[0]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("begin_id", [EOT, None])

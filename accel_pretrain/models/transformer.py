@@ -23,7 +23,7 @@ from accel_pretrain.loss import next_token_loss
 from accel_pretrain.models import cpu_loss, head_loss
 from accel_pretrain.models.attention import Attention, View, visible
 from accel_pretrain.models.config import ModelConfig
-from accel_pretrain.models.documents import begins_of_documents, visible_in_documents
+from accel_pretrain.models.documents import begins_of_documents, blocks_in_documents, visible_in_documents
 from accel_pretrain.models.kv_cache import KVCache
 from accel_pretrain.models.norm import build_norm
 from accel_pretrain.models.precision import for_products
@@ -252,12 +252,16 @@ class Transformer(nn.Module):
         assert self.document_id is not None
         begins_BT = begins_of_documents(tokens_BT, self.document_id)
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) - begins_BT
-        window = self.config.sliding_window
-        full = View(self._angles(positions_BT, sliding=False), visible_in_documents(begins_BT, None), is_causal=False)
-        if window is None:
-            return positions_BT, (full, full)
-        mask = visible_in_documents(begins_BT, window)
-        return positions_BT, (full, View(self._angles(positions_BT, sliding=True), mask, is_causal=False))
+        in_blocks = tokens_BT.device.type == "cuda" and not (self.training and self.config.dropout)
+
+        def view(window: int | None, *, sliding: bool) -> View:
+            angles = self._angles(positions_BT, sliding=sliding)
+            if in_blocks:
+                return View(angles, None, is_causal=False, blocks=blocks_in_documents(begins_BT, window))
+            return View(angles, visible_in_documents(begins_BT, window), is_causal=False)
+
+        full, window = view(None, sliding=False), self.config.sliding_window
+        return positions_BT, (full, full if window is None else view(window, sliding=True))
 
     def _angles(self, positions: slice | torch.Tensor, *, sliding: bool) -> torch.Tensor | None:
         if self.config.position == "learned":
