@@ -13,7 +13,7 @@ import torch
 from accel_pretrain import __version__
 from accel_pretrain.batch_warmup import BatchWarmup
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState
-from accel_pretrain.data import DataConfig, Windows
+from accel_pretrain.data import DataConfig, Windows, turns_of
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.mixture import open_data, paths_of
 from accel_pretrain.models import ModelConfig, Transformer
@@ -54,7 +54,10 @@ def open_splits(config: DataConfig) -> Splits:
     """Open training and validation data; raises DataError, or ConfigError when no path was given."""
     if config.train_data_path is None:
         raise ConfigError("data.train_data_path: not given; type --train_data_path DIR (a folder made by prep.tokenize)")
-    train = open_data(config.train_data_path, "train", config.dtype, mixed=True)
+    train = open_data(
+        config.train_data_path, "train", config.dtype, mixed=True, end=config.mixture_end,
+        end_tokens=config.mixture_end_tokens or 0,
+    )  # fmt: skip
     val_path = config.val_data_path
     if val_path is None:
         val_path = config.train_data_path
@@ -288,9 +291,10 @@ def _document_id(config: RunConfig, splits: Splits, problems: list[str]) -> int 
 
 def _mixture(train: TokenSplit, config: RunConfig, samples: int) -> list[str]:
     """For each dataset of a mixture its share of the samples, and how often a run of so many ``samples`` reads it."""
-    total = sum(train.weights)
-    lines = []
-    for part, weight in zip(train.parts, train.weights, strict=True):
-        passes = samples * weight / total / Windows(part, config.model.context_length, config.data.packing).count
-        lines.append(f"{weight / total:.2%} {part.source}: {part.tokens:,} tokens, read {passes:.2f} times")
+    turns, lines = turns_of(train, config.model.context_length), []
+    shares = [[weight / sum(weights) for weight in weights] for weights in (train.weights, train.end_weights or train.weights)]
+    for part, first, last, count in zip(train.parts, *shares, turns.counts(samples) if turns else (), strict=True):
+        passes = count / Windows(part, config.model.context_length, config.data.packing).count
+        share = f"{first:.2%}" + (f" to {last:.2%}" if train.end_weights else "")
+        lines.append(f"{share} {part.source}: {part.tokens:,} tokens, read {passes:.2f} times")
     return lines

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from accel_pretrain.batch_warmup import BatchWarmup
+from accel_pretrain.curriculum import MovingTurns
 from accel_pretrain.errors import DataError, refuse
 from accel_pretrain.mixture import Turns, mixture_problems
 from accel_pretrain.packing import packed_begins
@@ -43,6 +44,10 @@ class DataConfig:
     sampling: Literal["shuffle", "random"] = option(
         "shuffle", "shuffle: every window once per epoch, in a new order; random: windows drawn with replacement"
     )
+    mixture_end: tuple[float, ...] | None = option(
+        None, "the weights to which those of train_data_path move in a straight line, in its order; null: they stay"
+    )
+    mixture_end_tokens: int | None = option(None, "over how many tokens they move; then they stay")
     dtype: Literal["uint16", "uint32"] | None = option(None, "of a bare file; null: the dataset's, or uint16")
     packing: Literal["windows", "bos"] = option(
         "windows", "windows: cut anywhere, every token once per epoch; bos: a window begins where a document does"
@@ -55,6 +60,19 @@ class DataConfig:
         for key, given, weighted in (("train", self.train_data_path, True), ("val", self.val_data_path, False)):
             if isinstance(given, tuple):
                 refuse(*((True, f"{key}_data_path: {problem}") for problem in mixture_problems(given, weighted=weighted)))
+        end, count = self.mixture_end, len(self.train_data_path) if isinstance(self.train_data_path, tuple) else 1
+        refuse(
+            (
+                end is not None and len(end) != count,
+                f"mixture_end: {len(end or ())} weights for {count} datasets of train_data_path",
+            ),
+            (
+                end is not None and not (min(end, default=0) >= 0 and sum(end) > 0),
+                "mixture_end: weights are at least 0, and one more",
+            ),
+            ((end is None) != (self.mixture_end_tokens is None), "mixture_end and mixture_end_tokens: give both, or neither"),
+            ((self.mixture_end_tokens or 1) < 1, f"mixture_end_tokens: must be at least 1, got {self.mixture_end_tokens}"),
+        )
 
 
 @dataclass(frozen=True)
@@ -186,6 +204,13 @@ def numbers_of(positions: np.ndarray, left_out: Sequence[Sequence[int]]) -> np.n
     return numbers
 
 
+def turns_of(split: TokenSplit, context_length: int) -> Turns | MovingTurns | None:
+    """Whose turn each sample of a mixture is; None for one dataset."""
+    if not split.end_weights:
+        return Turns(split.weights) if split.parts else None
+    return MovingTurns(split.weights, split.end_weights, -(-split.end_tokens // context_length))
+
+
 class TokenBatches:
     """The micro-batches of one process. Holds no position: every call says which samples it wants.
 
@@ -213,7 +238,7 @@ class TokenBatches:
         seeds = [seed, *(key_of(seed, part) for part in range(1, len(parts)))]  # the first is read as it would be alone
         self._parts = [_Order(windows, own, sampling) for windows, own in zip(parts, seeds, strict=True)]
         self._first_starts = np.cumsum([0, *(windows.starts for windows in parts)])
-        self._turns = Turns(split.weights) if split.parts else None
+        self._turns = turns_of(split, context_length)
         micro_steps, rows = np.arange(accumulation)[:, None], np.arange(batch_size)
         self._samples_per_step = accumulation * world_size * batch_size
         self._warmup, self._per_micro_step = warmup, world_size * batch_size
