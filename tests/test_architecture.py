@@ -25,6 +25,7 @@ LEVELS = (
             "schedule",
             "batch_warmup",
             "packing",
+            "curriculum",
             "errorbars",
         ),
     ),
