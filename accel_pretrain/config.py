@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from accel_pretrain import __version__
+from accel_pretrain.aids import ONE_BATCH_UPDATES, DebugConfig
+from accel_pretrain.aids import problems as debug_problems
 from accel_pretrain.batch_warmup import BatchWarmup
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState
 from accel_pretrain.data import DataConfig, Windows, turns_of
@@ -40,6 +42,7 @@ class RunConfig:
     evaluation: EvaluationConfig = section(EvaluationConfig, "The loss on held-out text")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Saving and going on")
     logging: LoggingConfig = section(LoggingConfig, "Reporting")
+    debug: DebugConfig = section(DebugConfig, "Looking into a run")
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,10 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
     done = done or TrainState()
     warmup = _batch_warmup(config, samples_per_step, world_size, done, problems)
     max_iters = _max_iters(training, warmup, model.context_length, windows.count, done)
+    if config.debug.overfit_one_batch and not any((training.max_iters, training.max_tokens, training.epochs)):
+        max_iters = ONE_BATCH_UPDATES
     samples = warmup.consumed_after(max_iters)
+    problems += debug_problems(config.debug, max_iters - done.step, training.on_spike)
     problems += (f"schedule.{problem}" for problem in config.schedule.problems(config.optimizer.lr, max_iters))
     problems += _tokenizer_problems(config, splits)
     document_id = _document_id(config, splits, problems)
@@ -243,7 +249,7 @@ def _vocab_size(model: ModelConfig, splits: Splits, problems: list[str]) -> int:
 def _batch_warmup(config: RunConfig, full: int, world_size: int, done: TrainState, problems: list[str]) -> BatchWarmup:
     """How the updates grow; over no samples where they do not, or no more."""
     training, one = config.training, config.training.batch_size * world_size
-    if training.batch_warmup_tokens is None:
+    if training.batch_warmup_tokens is None or config.debug.overfit_one_batch:
         return BatchWarmup(full, full, 0)
     over = -(-training.batch_warmup_tokens // config.model.context_length)
     first = training.batch_warmup_from or one

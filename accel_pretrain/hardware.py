@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from accel_pretrain.peaks import PEAKS, peak_of
+
 GB = 10**9
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -38,7 +40,7 @@ class Machine:
         return torch.device(self.device)
 
 
-# Peak, memory and memory bandwidth: the makers' data sheets (NVIDIA H100, H200, A100 80GB and L4 data sheets; NVIDIA Ada GPU
+# Memory and memory bandwidth: the makers' data sheets (NVIDIA H100, H200, A100 80GB and L4 data sheets; NVIDIA Ada GPU
 # architecture white paper, table 2, for the 4090; AMD Instinct MI300X data sheet). Decimal gigabytes, as printed there.
 #   link     NVLink 4: 900 GB/s both ways (H100, H200), NVLink 3: 600 (A100); PCIe 4.0 x16: 32 GB/s one way (L4, 4090);
 #            MI300X: seven Infinity Fabric links of 64 GB/s one way
@@ -47,22 +49,27 @@ class Machine:
 #            43-51 % llm-foundry 125M to 350M (8 A100 80GB). H200: the H100's chip. None where no run was found.
 HARDWARE = {
     "h100": Machine(
-        name="H100 SXM", device="cuda", memory=80 * GB, peak_bf16=989e12, share=0.40, memory_bandwidth=3350 * GB,
-        link=450 * GB, network=50 * GB,
+        name="H100 SXM", device="cuda", memory=80 * GB, peak_bf16=PEAKS["H100"].bf16, share=0.40,
+        memory_bandwidth=3350 * GB, link=450 * GB, network=50 * GB,
     ),
     "h200": Machine(
-        name="H200 SXM", device="cuda", memory=141 * GB, peak_bf16=989e12, share=0.40, memory_bandwidth=4800 * GB,
-        link=450 * GB, network=50 * GB,
+        name="H200 SXM", device="cuda", memory=141 * GB, peak_bf16=PEAKS["H200"].bf16, share=0.40,
+        memory_bandwidth=4800 * GB, link=450 * GB, network=50 * GB,
     ),
     "a100": Machine(
-        name="A100 SXM 80GB", device="cuda", memory=80 * GB, peak_bf16=312e12, share=0.45, memory_bandwidth=2039 * GB,
-        link=300 * GB, network=25 * GB,
+        name="A100 SXM 80GB", device="cuda", memory=80 * GB, peak_bf16=PEAKS["A100"].bf16, share=0.45,
+        memory_bandwidth=2039 * GB, link=300 * GB, network=25 * GB,
     ),
-    "l4": Machine(name="L4", device="cuda", memory=24 * GB, peak_bf16=121e12, memory_bandwidth=300 * GB, link=32 * GB),
-    "4090": Machine(name="RTX 4090", device="cuda", memory=24 * GB, peak_bf16=165e12, memory_bandwidth=1008 * GB, link=32 * GB),
+    "l4": Machine(
+        name="L4", device="cuda", memory=24 * GB, peak_bf16=PEAKS["L4"].bf16, memory_bandwidth=300 * GB, link=32 * GB
+    ),
+    "4090": Machine(
+        name="RTX 4090", device="cuda", memory=24 * GB, peak_bf16=PEAKS["RTX 4090"].bf16, memory_bandwidth=1008 * GB,
+        link=32 * GB,
+    ),
     "mi300x": Machine(
-        name="MI300X", device="cuda", memory=192 * GB, peak_bf16=1307e12, memory_bandwidth=5300 * GB, link=448 * GB,
-        network=50 * GB,
+        name="MI300X", device="cuda", memory=192 * GB, peak_bf16=PEAKS["MI300X"].bf16, memory_bandwidth=5300 * GB,
+        link=448 * GB, network=50 * GB,
     ),
 }  # fmt: skip
 # The context of CUDA, its libraries and NCCL's buffers, which PyTorch's allocator does not count: an allowance, not measured.
@@ -76,7 +83,8 @@ def here(cpu: bool, threads: int | None = None) -> Machine:
         name = torch.cuda.get_device_name()
         known = next((machine for key, machine in HARDWARE.items() if re.search(rf"\b{key}\b", name, re.IGNORECASE)), None)
         own = Machine(name=name, device="cuda", memory=free, host=free_memory(), has_bf16=torch.cuda.is_bf16_supported())
-        return own if known is None else replace(known, name=name, memory=free, host=own.host)
+        peak = peak_of(name, "bf16")  # the PCIe card of a chip is slower
+        return own if known is None else replace(known, name=name, memory=free, host=own.host, peak_bf16=peak)
     if not cpu and torch.backends.mps.is_available():
         return Machine(name="Apple GPU", device="mps", memory=free_memory())
     return Machine(name=f"this CPU, {threads or torch.get_num_threads()} threads", device="cpu", memory=free_memory())

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import platform
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,8 @@ from typing import Any
 import accel_pretrain
 from accel_pretrain.launchers import launch
 from accel_pretrain.metrics import RowsFile, read_metrics
+from accel_pretrain.peaks import processor
+from accel_pretrain.redaction import redact
 
 STARTS_FILE = "starts.jsonl"
 _PACKAGES = ("torch", "accelerate", "numpy")
@@ -30,8 +34,7 @@ def record_start(run_dir: Path, step: int, runtime: str, plan: Mapping[str, Any]
         "time": round(time.time(), 3),
         "runtime": runtime,
         "launch": launch(),
-        "versions": versions(),
-        "git": commit(),
+        **about(),
         "plan": plan,
     }
     RowsFile(run_dir / STARTS_FILE, sys.maxsize).write(row)
@@ -44,6 +47,19 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     except OSError:
         return []
     return [row for row in rows if isinstance(row.get("time"), int | float)]
+
+
+@functools.cache
+def about() -> dict[str, Any]:
+    """What this process is and where: versions, the commit of the code, machine, and the command without secrets."""
+    return {
+        "versions": versions(),
+        "git": commit(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "command": redact(shlex.join(sys.orig_argv)),
+    }
 
 
 def versions() -> dict[str, str]:

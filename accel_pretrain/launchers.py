@@ -104,6 +104,23 @@ def slurm_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+@dataclass(frozen=True)
+class SweepTrial:
+    """A run that a ``wandb agent`` has started: its sweep, its id, and the file with the values to try."""
+
+    sweep: str
+    run: str | None
+    parameters: Path | None
+
+
+def sweep_trial() -> SweepTrial | None:
+    """What an agent has set in the environment, if one has started this run."""
+    sweep, parameters = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_SWEEP_PARAM_PATH")
+    if not sweep:
+        return None
+    return SweepTrial(sweep, os.environ.get("WANDB_RUN_ID"), Path(parameters) if parameters else None)
+
+
 def parent_command() -> list[str]:
     """The command line of the process that started this one; empty where the system does not tell."""
     try:

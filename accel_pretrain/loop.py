@@ -18,8 +18,7 @@ from accel_pretrain.checkpoint import TrainState, write_model_description
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import PretrainError
 from accel_pretrain.generate import SamplingConfig, generate
-from accel_pretrain.hindsight import AFTER, compared, most_memory
-from accel_pretrain.metrics import peak_flops
+from accel_pretrain.hindsight import most_memory
 from accel_pretrain.optim import set_lr
 from accel_pretrain.parallel import alike, is_sharded, whole, withheld
 from accel_pretrain.recovery import divergence, heed_alarm, went_back
@@ -51,7 +50,8 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
         make_up_for_evaluation(run, state)
     run.watchdog.enter("first update")
     while state.step < plan.max_iters and not run.stop.agreed():
-        update = train_step(run, state)
+        with run.aids.around(state):
+            update = train_step(run, state)
         if update is None:
             break  # asked to stop, and the update would have taken too long to finish
         if run.guard.wants_back and went_back(run, state):
@@ -62,7 +62,7 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
         state.tokens += update.samples * config.model.context_length
         run.log.advance()
         run.watchdog.enter("update")
-        if state.step == AFTER and (line := compared(run.run_dir, tokens_per_sec(run, state), run.accelerator.device)):
+        if line := run.hindsight.after(state.step, run.watch, run.accelerator.device, state.tokens):
             run.log.line(line)
         if due(state.step, config.logging.log_interval):
             log_update(run, state, update)
@@ -81,11 +81,6 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
                 wanted = False
     finish(run, state)
     return state
-
-
-def tokens_per_sec(run: TrainingRun, state: TrainState) -> float:
-    """Of all processes, since the last time that it was logged."""
-    return run.watch.tokens_per_second(state.tokens)
 
 
 def due(step: int, every: int | None) -> bool:
@@ -119,6 +114,7 @@ def train_step(run: TrainingRun, state: TrainState) -> Update | None:
             nats_B = run.model(batch.inputs_BT, batch.targets_BT)
             accelerator.backward(nats_B, gradient=weights_B)
         nats.append(nats_B.detach())
+    run.aids.gradients()
     grad_norm = accelerator.clip_grad_norm_(run.parameters, config.training.grad_clip or float("inf"))
     assert grad_norm is not None  # as it would be under DeepSpeed
     grad_norm = whole(grad_norm)
@@ -142,20 +138,22 @@ def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
     run.guard.settle(state.health)
     loss, grad_norm, skipped = update.loss.item(), update.grad_norm.item(), state.health.skipped
     seconds = run.watch.seconds_per_step(state.step)
-    rate = tokens_per_sec(run, state)
+    tokens_per_sec = run.watch.tokens_per_second(state.tokens)
     metrics = {
         "train/loss": loss,
         "train/learning_rate": update.lr,
         "train/grad_norm": grad_norm,
-        "train/tokens_per_sec": rate,
+        "train/tokens_per_sec": tokens_per_sec,
         "train/iter_time_ms": seconds * 1000,
     }
     line = (
         f"Iter {state.step:>6} | Loss: {loss:.4f} | LR: {update.lr:.2e} | Grad norm: {grad_norm:.2f} | "
-        f"Time: {seconds * 1000:.1f}ms | Tokens/sec: {rate:.0f}"
+        f"Time: {seconds * 1000:.1f}ms | Tokens/sec: {tokens_per_sec:.0f}"
     )
-    if peak := peak_flops(run.accelerator.device):
-        metrics["train/mfu"] = rate * run.plan.flops_per_token / (peak * run.plan.world_size)
+    if run.peak_flops is None:
+        line += " | MFU: n/a"
+    else:
+        metrics["train/mfu"] = tokens_per_sec * run.plan.flops_per_token / (run.peak_flops * run.plan.world_size)
         line += f" | MFU: {metrics['train/mfu']:.1%}"
     if peak_memory := most_memory(run.accelerator.device):
         metrics["train/peak_memory_gb"] = peak_memory / 1e9
@@ -163,7 +161,7 @@ def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
         metrics["train/skipped_updates"] = skipped
         line += f" | Skipped: {skipped}"
     run.log.line(line)
-    run.log.metrics(state.step, state.tokens, metrics)
+    run.log.metrics(state.step, state.tokens, metrics | run.system.read())
     run.watch.restart(state.step, state.tokens)
 
 

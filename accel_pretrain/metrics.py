@@ -7,42 +7,22 @@ import json
 import logging
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from accel_pretrain.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 _log = logging.getLogger(__name__)
 
-# Dense bf16 matrix throughput without sparsity, FLOP/s, from data sheets; the first name that a device's name holds counts.
-_PEAK_FLOPS = {
-    "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
-    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-    "MI300X": 1307e12,
-}  # fmt: skip
-_OTHER_CHIP = re.compile(r"\b(Laptop|Max-Q|MIG|Ti|D)\b")  # shares its name with a chip above, and not its speed
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's peak in bf16, or None where it is not known: a guess would make the utilisation a lie."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    if _OTHER_CHIP.search(name):
-        return None
-    return next((peak for known, peak in _PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name)), None)
-
 
 class Stopwatch:
     """Time spent on updates: what happens inside :meth:`paused` (validation, saving) does not count."""
 
     def __init__(self) -> None:
+        self.paused_for = 0.0  # seconds, in all
         self.restart(0)
 
     def restart(self, step: int, tokens: int = 0) -> None:
@@ -57,7 +37,8 @@ class Stopwatch:
     def paused(self) -> Iterator[None]:
         stopped = time.perf_counter()
         yield
-        self._begin += time.perf_counter() - stopped
+        pause = time.perf_counter() - stopped
+        self._begin, self.paused_for = self._begin + pause, self.paused_for + pause
 
     def seconds_per_step(self, step: int) -> float:
         """Mean over the updates since the interval began."""

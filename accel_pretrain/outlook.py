@@ -20,6 +20,7 @@ from accel_pretrain.hardware import CONTEXT_BYTES, Machine, free_disk
 from accel_pretrain.mixture import are_there
 from accel_pretrain.models import ModelConfig
 from accel_pretrain.optim import SGD
+from accel_pretrain.probe import probe
 from accel_pretrain.runtime import resolve_precision
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.typed_yaml import CommandLine, Entry, load, to_plain
@@ -242,6 +243,21 @@ def with_model_of(outlook: Outlook, machine: Machine) -> Outlook:
         missing = f"the links between machines with {machine.name} are not known; type --network BYTES_PER_SECOND"
         return replace(outlook, pace_missing=missing)
     return replace(outlook, pace=Pace(parts.seconds, f"a model of {machine.name}, see accel_pretrain/cluster.py", parts))
+
+
+def with_probe(outlook: Outlook, machine: Machine, seconds: float) -> Outlook:
+    """At the pace that so many seconds of real updates have on this machine."""
+    load_ = outlook.load
+    speed = probe(load_, outlook.config.optimizer, machine.torch_device, seconds=seconds, free=machine.memory)
+    if isinstance(speed, str):
+        return replace(outlook, pace_missing=f"no probe: {speed}; type --tokens_per_sec N or --hardware h100")
+    parts = step_time(load_, machine, speed.micro_step, speed.optimizer)
+    if parts is None:
+        return replace(outlook, pace_missing="how fast devices talk here is not known; type --link BYTES_PER_SECOND")
+    ran = "" if speed.layers == load_.model.num_layers else f", {speed.layers} of {load_.model.num_layers} layers"
+    eager = ", not compiled" if load_.compiled else ""
+    source = f"a probe of {speed.rounds} updates here ({speed.sequences} of {load_.batch_size} sequences{ran}{eager})"
+    return replace(outlook, pace=Pace(parts.seconds, source, parts))
 
 
 def split_overlap(splits: Splits) -> bool:

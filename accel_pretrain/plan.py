@@ -18,19 +18,18 @@ from typing import Any, Literal
 
 import torch
 
-from accel_pretrain.cluster import bandwidth, step_time
+from accel_pretrain.cluster import bandwidth
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import refuse, reported
 from accel_pretrain.estimates import seen_positions
 from accel_pretrain.files import write_whole
 from accel_pretrain.hardware import HARDWARE, Machine, here
-from accel_pretrain.hindsight import PLAN_FILE
+from accel_pretrain.hindsight import PLAN_FILE, duration, gigabytes
 from accel_pretrain.lint import findings
 from accel_pretrain.lint_settings import Finding
 from accel_pretrain.outlook import (
     CHINCHILLA,
     Outlook,
-    Pace,
     critical_batch,
     first_loss,
     groups,
@@ -38,9 +37,9 @@ from accel_pretrain.outlook import (
     look_ahead,
     splits_of,
     with_model_of,
+    with_probe,
     with_tokens_per_sec,
 )
-from accel_pretrain.probe import probe
 from accel_pretrain.runtime import runtime_of
 from accel_pretrain.typed_yaml import option, parse_command_line, reference, section
 
@@ -118,7 +117,7 @@ def plan_run(config: PlannedRun) -> Outlook:
         return with_tokens_per_sec(outlook, options.tokens_per_sec)
     if options.hardware is not None:
         return with_model_of(outlook, machine)
-    return probed(outlook, config) if options.probe else outlook
+    return with_probe(outlook, machine, options.probe_seconds) if options.probe else outlook
 
 
 def machine_for(config: PlannedRun) -> Machine:
@@ -134,22 +133,6 @@ def machine_for(config: PlannedRun) -> Machine:
     return replace(
         machine, per_node=options.per_node, link=options.link or machine.link, network=options.network or machine.network
     )
-
-
-def probed(outlook: Outlook, config: PlannedRun) -> Outlook:
-    """With the pace that a second of real updates has on this machine."""
-    machine, load_ = outlook.machine, outlook.load
-    assert machine is not None
-    speed = probe(load_, config.optimizer, machine.torch_device, seconds=config.plan.probe_seconds, free=machine.memory)
-    if isinstance(speed, str):
-        return replace(outlook, pace_missing=f"no probe: {speed}; type --tokens_per_sec N or --hardware h100")
-    parts = step_time(load_, machine, speed.micro_step, speed.optimizer)
-    if parts is None:
-        return replace(outlook, pace_missing="how fast devices talk here is not known; type --link BYTES_PER_SECOND")
-    ran = "" if speed.layers == config.model.num_layers else f", {speed.layers} of {config.model.num_layers} layers"
-    eager = ", not compiled" if load_.compiled else ""
-    source = f"a probe of {speed.rounds} updates here ({speed.sequences} of {load_.batch_size} sequences{ran}{eager})"
-    return replace(outlook, pace=Pace(parts.seconds, source, parts))
 
 
 # ------------------------------------------------------------------------------------------------------------ for people
@@ -212,46 +195,47 @@ def _amounts(o: Outlook) -> list[str]:
 def _memory(o: Outlook) -> list[str]:
     """Bytes on one device, and what is free."""
     where = o.machine.name if o.machine else "a device"
-    rows = [_row("Memory", f"{_gb(o.memory.total)} of tensors per device, at {o.memory.moment} ({o.load.strategy})")]
-    rows += [_row(f"  {name}", f"{_gb(size)}") for name, size in o.memory.parts.items() if size >= 1e5]
+    rows = [_row("Memory", f"{gigabytes(o.memory.total)} of tensors per device, at {o.memory.moment} ({o.load.strategy})")]
+    rows += [_row(f"  {name}", f"{gigabytes(size)}") for name, size in o.memory.parts.items() if size >= 1e5]
     free = o.machine.memory if o.machine else None
-    state = "not known" if free is None else f"{_gb(free)}: {'fits' if o.memory_needed <= 0.95 * free else 'DOES NOT FIT'}"
+    fits = free is None or o.memory_needed <= 0.95 * free
+    state = "not known" if free is None else f"{gigabytes(free)}: {'fits' if fits else 'DOES NOT FIT'}"
     around = "with the heap's holes" if o.load.device == "cpu" else "with CUDA's context"
-    rows.append(_row("  needed", f"{_gb(o.memory_needed)} {around}; free on {where}: {state}"))
+    rows.append(_row("  needed", f"{gigabytes(o.memory_needed)} {around}; free on {where}: {state}"))
     if o.host_memory:
         rows.append(
-            _row("  to save", f"{_gb(o.host_memory)} of main memory on the machine of rank 0, which gathers all shares")
+            _row("  to save", f"{gigabytes(o.host_memory)} of main memory on the machine of rank 0, which gathers all shares")
         )
     return rows
 
 
 def _disk(o: Outlook) -> list[str]:
     disk = o.checkpoints_kept * o.checkpoint
-    free = "not known" if o.disk_free is None else _gb(o.disk_free)
-    return [_row("Disk", f"{_gb(disk)} for {o.checkpoints_kept} checkpoints of {_gb(o.checkpoint)}; free: {free}")]
+    free = "not known" if o.disk_free is None else gigabytes(o.disk_free)
+    return [_row("Disk", f"{gigabytes(disk)} for {o.checkpoints_kept} checkpoints of {gigabytes(o.checkpoint)}; free: {free}")]
 
 
 def _time(o: Outlook) -> list[str]:
     """Pace, what devices tell each other, and the whole of it."""
     sent = o.pace.parts.sent if o.pace and o.pace.parts else {}
-    rows = [_row("Sends per update", ", ".join(f"{_gb(size)} of {name}" for name, size in sent.items()))] if sent else []
+    rows = [_row("Sends per update", ", ".join(f"{gigabytes(size)} of {name}" for name, size in sent.items()))] if sent else []
     if o.pace is None or o.hours is None:
         return [*rows, _row("Time", f"not known: {o.pace_missing}")]
     seconds = o.pace.seconds
-    rows.append(_row("Update", f"{_duration(seconds)}, {o.plan.tokens_per_step / seconds:,.0f} tokens/s, from {o.pace.source}"))
+    rows.append(_row("Update", f"{duration(seconds)}, {o.plan.tokens_per_step / seconds:,.0f} tokens/s, from {o.pace.source}"))
     if o.pace.parts and o.plan.world_size > 1:
         parts = o.pace.parts
         rows.append(
             _row(
                 "  of which",
-                f"{_duration(parts.compute)} computing, {_duration(parts.optimizer)} optimizer, {_duration(parts.exposed)} "
-                f"waiting for others (of {_duration(parts.communication)} talking): {parts.efficiency:.0%} of what single "
+                f"{duration(parts.compute)} computing, {duration(parts.optimizer)} optimizer, {duration(parts.exposed)} "
+                f"waiting for others (of {duration(parts.communication)} talking): {parts.efficiency:.0%} of what single "
                 "devices do",
             )
         )
     evaluating = (o.eval_share or 0.0) * o.hours
-    note = "" if o.eval_share is None else f", and {_duration(3600 * evaluating)} of evaluations"
-    rows.append(_row("Time", f"{_duration(3600 * o.hours)} of updates{note}"))
+    note = "" if o.eval_share is None else f", and {duration(3600 * evaluating)} of evaluations"
+    rows.append(_row("Time", f"{duration(3600 * o.hours)} of updates{note}"))
     if (cost := cost_of(o)) is not None:
         hours = (o.hours + evaluating) * o.plan.world_size
         rows.append(_row("Cost", f"{cost:,.2f} for {hours:,.1f} device hours"))
@@ -274,20 +258,6 @@ def _si(number: float) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return f"{seconds * 1000:,.1f} ms"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
 
 
 # ---------------------------------------------------------------------------------------------------------- for programs

@@ -9,14 +9,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from accel_pretrain.aids import Aids
 from accel_pretrain.config import Plan, RunConfig, Splits
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.guard import Guard
+from accel_pretrain.hindsight import Hindsight
 from accel_pretrain.metrics import Stopwatch
 from accel_pretrain.models import Transformer
 from accel_pretrain.saver import Saver
 from accel_pretrain.status import RunStatus
 from accel_pretrain.stopping import StopSignal
+from accel_pretrain.system import SystemMeter
 from accel_pretrain.tokenizer import Tokenizer
 from accel_pretrain.trackers import RunLog
 from accel_pretrain.watchdog import Watchdog
@@ -45,8 +48,12 @@ class TrainingRun:
     watch: Stopwatch = field(default_factory=Stopwatch)
     guard: Guard = field(default_factory=Guard)
     parameters: list[nn.Parameter] = field(default_factory=list)
+    hindsight: Hindsight = field(default_factory=Hindsight)
     watchdog: Watchdog = field(default_factory=Watchdog)
     status: RunStatus = field(default_factory=RunStatus)
+    system: SystemMeter = field(default_factory=SystemMeter)
+    peak_flops: float | None = None  # of this device, at this precision
+    aids: Aids = field(default_factory=Aids)
 
     @property
     def run_dir(self) -> Path:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +32,7 @@ from accel_pretrain.launch_checks import launch_notices, refuse_missing_processe
 from accel_pretrain.launchers import asked_alone, launched, machines, meeting, meeting_place, sharding_asked_for, typed_numbers
 from accel_pretrain.models.recompute import Level
 from accel_pretrain.parallel import ParallelConfig, build_plugin, insist, strategy_of
+from accel_pretrain.peaks import kind_of, peak_flops
 from accel_pretrain.permutation import key_of
 from accel_pretrain.typed_yaml import option
 from accel_pretrain.watchdog import patience
@@ -251,12 +253,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "accel_pretrain"
 
 
+def peak_for(accelerator: Accelerator, training: TrainingConfig) -> float | None:
+    """FLOP/s that this device reaches at most in the run's precision; for the main process alone, which reports."""
+    if not accelerator.is_main_process:
+        return None
+    return peak_flops(accelerator.device, kind_of(accelerator.mixed_precision, tf32=training.tf32), cache_folder())
+
+
 def wandb_knows_me() -> bool:
     """Whether wandb will find a key, or was told to work offline."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE", "online") != "online":
         return True
-    names = (".netrc", "_netrc")
-    return any("wandb" in path.read_text(errors="replace") for name in names if (path := Path.home() / name).is_file())
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "wandb"
+    files = (os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc")
+    return any(server in path.read_text(errors="replace") for name in files if name and (path := Path(name)).is_file())
 
 
 def _cpu_has_bf16() -> bool:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from accel_pretrain import lock
 from accel_pretrain.errors import ConfigError, LockedError, PeerError, PretrainError, StorageError, exit_code_of
+from accel_pretrain.hindsight import Forecast
 from accel_pretrain.peers import timeout_of
 from accel_pretrain.redaction import redact
 from accel_pretrain.runtime import together
@@ -39,6 +40,7 @@ class Session:
     status: RunStatus = field(default_factory=RunStatus)
     afterwards: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # called when the status has its last word
     exit_code: int = 0  # of a run that no error ended
+    forecast: Forecast | None = None
 
     def end(self, log: RunLog, requeued: bool | None) -> None:
         """Record that the run came to its end, or was asked to stop before; then it may be put back into Slurm's queue."""
@@ -55,7 +57,7 @@ class Session:
         """Let the trackers finish, but not wait long for them when a launcher is about to kill what it has asked to stop."""
         seconds = TEARDOWN if self.stop.signal is not None else PATIENT_TEARDOWN
         _end_soon(self.watchdog, seconds, self.exit_code)
-        log.close()
+        log.close(seconds - 2)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -55,6 +56,8 @@ class StopSignal:
         self._quick = False
 
     def __enter__(self) -> StopSignal:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # of a notebook or of wandb.agent: signals are the main thread's
         for number in _SIGNALS:
             previous = signal.signal(number, self._handle)
             self._previous[number] = previous
@@ -175,3 +178,22 @@ def requeue(stop: StopSignal, wanted: bool | None) -> str | None:
     if done.returncode:
         return f"Not requeued: scontrol requeue {job}: {done.stderr.strip() or f'exit code {done.returncode}'}"
     return f"Slurm job {job} is in the queue again"
+
+
+@contextlib.contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the program, as SIGINT does: what it has started is ended, and its files go."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:  # nohup
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

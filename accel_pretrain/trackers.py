@@ -1,6 +1,7 @@
 """Where a run reports: the terminal and ``metrics.jsonl`` always, wandb and others through Accelerate's trackers.
 
-A tracker that is missing, not logged in or broken costs one warning and never the run.
+A tracker that is missing, not logged in, broken or slow costs one warning and never the run: each has a thread of its own
+(:mod:`accel_pretrain.outbox`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tqdm import tqdm
 
 from accel_pretrain.errors import refuse
+from accel_pretrain.histograms import DRAWN_BY, Histogram, track_histograms
 from accel_pretrain.metrics import MetricsFile, RowsFile
+from accel_pretrain.outbox import START, Outbox, quieten_threads
 from accel_pretrain.redaction import redact
+from accel_pretrain.runtime import wandb_knows_me
 from accel_pretrain.typed_yaml import option
 
 SAMPLES_FILE = "samples.jsonl"
@@ -36,7 +42,7 @@ class LoggingConfig:
     trackers: tuple[str, ...] = option((), "Accelerate trackers by name: wandb, tensorboard, trackio, mlflow, ...")
     use_wandb: bool = option(False, "the same as naming wandb in trackers")
     wandb_project: str = option("transformer-lm", "project, for trackers that have projects")
-    wandb_run_name: str | None = option(None, "run name in wandb; null: wandb chooses")
+    wandb_run_name: str | None = option(None, "run name in wandb, trackio and mlflow; null: they choose")
     sample_interval: int | None = option(None, "updates between generated samples; null: none")
     sample_prompt: str = option("", "what the samples continue; empty: a new document")
     sample_prompts: tuple[str, ...] = option((), "several of them, in place of sample_prompt")
@@ -82,6 +88,8 @@ class RunLog:
 
     def __init__(self, accelerator: Accelerator, run_dir: Path, *, step: int, total: int) -> None:
         self._accelerator, self._run_dir = accelerator, run_dir
+        self._outboxes: list[Outbox] = []
+        self._hook: Callable[[threading.ExceptHookArgs], object] | None = None
         main = accelerator.is_main_process
         self._file = MetricsFile(run_dir, step) if main else None
         self._samples = RowsFile(run_dir / SAMPLES_FILE, step) if main else None
@@ -91,15 +99,54 @@ class RunLog:
         )  # fmt: skip
 
     def start_trackers(self, config: LoggingConfig, settings: Mapping[str, Any]) -> None:
-        """Begin reporting to the trackers that the Accelerator was built with. ``settings`` is the nested config."""
-        if not self._accelerator.log_with:
+        """Begin reporting to the trackers that the Accelerator was built with; ``settings`` is what they are told of the run.
+
+        Each is made and started as :meth:`Accelerator.init_trackers` would, but by itself.
+        """
+        if not (self._accelerator.log_with and self._accelerator.is_main_process):
             return
-        # wandb: do not wait long for a network that is not there
-        wandb = {"name": config.wandb_run_name, "dir": str(self._run_dir), "settings": {"init_timeout": 30}}
-        try:
-            self._accelerator.init_trackers(config.wandb_project, config=_flat(settings), init_kwargs={"wandb": wandb})
-        except Exception as error:  # anything that a third party's start may raise
-            self._give_up(error)
+        flat = _flat(settings)
+        self._hook = quieten_threads([_module(str(name)) for name in self._accelerator.log_with])
+        self._outboxes = [Outbox(name, make) for name, make in self._makers(config, flat)]
+        for outbox in self._outboxes:
+            outbox.wait_for_start()
+
+    def _makers(self, config: LoggingConfig, settings: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], GeneralTracker]]]:
+        """For each tracker its name, and what makes it, starts it and tells it the ``settings``."""
+        options: dict[str, dict[str, Any]] = {
+            "trackio": {"name": config.wandb_run_name},
+            "mlflow": {"run_name": config.wandb_run_name},
+            "dvclive": {
+                "dir": str(self._run_dir / "dvclive"),
+                "save_dvc_exp": False,
+            },  # no commit of its own; else both would write into the current folder
+            "swanlab": {"logdir": str(self._run_dir / "swanlog")},
+        }
+        if "wandb" in map(str, self._accelerator.log_with):
+            options["wandb"] = self._wandb_options(config)
+        for wanted in self._accelerator.log_with:
+
+            def make(wanted: Any = wanted) -> GeneralTracker:
+                tracker = wanted
+                if not isinstance(wanted, GeneralTracker):
+                    kind = LOGGER_TYPE_TO_CLASS[str(wanted)]
+                    place = (self._accelerator.logging_dir,) if kind.requires_logging_directory else ()
+                    tracker = kind(config.wandb_project, *place, **options.get(str(wanted), {}))
+                tracker.start()
+                tracker.store_init_configuration(dict(settings))
+                return tracker
+
+            yield getattr(wanted, "name", str(wanted)) if isinstance(wanted, GeneralTracker) else str(wanted), make
+
+    def _wandb_options(self, config: LoggingConfig) -> dict[str, Any]:
+        """For ``wandb.init``: it must not wait long for a network that is not there, and never for a person to type a key."""
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # wandb's own reports to its makers
+        options = {"name": config.wandb_run_name, "dir": str(self._run_dir), "settings": {"init_timeout": START / 2}}
+        if not wandb_knows_me():
+            sync = f"wandb login; wandb sync {self._run_dir / 'wandb'}/offline-run-*"
+            _log.warning("wandb knows no key on this machine, so the run is recorded here; to send it: %s", sync)
+            options["mode"] = "offline"
+        return options
 
     def line(self, text: str) -> None:
         """One line for people, above the progress bar if there is one."""
@@ -121,10 +168,11 @@ class RunLog:
         if self._file is None:
             return
         self._file.append(step, tokens, metrics)
-        try:
-            self._accelerator.log({**metrics, "tokens": tokens}, step=step)
-        except Exception as error:
-            self._give_up(error)
+        if shown := _postfix(metrics):
+            self._bar.set_postfix_str(shown, refresh=False)
+        if self._outboxes:
+            row = {**metrics, "tokens": tokens}
+            self.tell(lambda tracker: tracker.log(row, step=step))
 
     def rewind(self, step: int) -> None:
         """Take back what was reported of later updates, which are about to happen again; trackers keep what they have."""
@@ -141,31 +189,46 @@ class RunLog:
         for prompt, text in texts:
             self.line(f"Sample at iteration {step}: {_on_one_line(prompt + text)}")
             self._samples.write({"step": step, "prompt": prompt, "text": text})
-        for tracker in self._accelerator.trackers:
-            try:
-                _track_samples(tracker, step, texts)
-            except Exception as error:
-                self._give_up(error, tracker)
+        self.tell(lambda tracker: _track_samples(tracker, step, texts))
 
-    def _give_up(self, error: Exception, failed: GeneralTracker | None = None) -> None:
-        """Go on without the tracker that failed, or without all where it is not known which one did."""
-        trackers = self._accelerator.trackers
-        names = ", ".join(getattr(tracker, "name", "") for tracker in ([failed] if failed else trackers))
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _log.warning("tracker %s failed and gets no more metrics: %s", names or self._accelerator.log_with, first)
-        self._accelerator.trackers = [tracker for tracker in trackers if failed and tracker is not failed]
+    @property
+    def takes_histograms(self) -> bool:
+        """Whether any tracker draws them. The answer of the main process is everybody's: trackers are named in the config."""
+        names = [getattr(tracker, "value", getattr(tracker, "name", "")) for tracker in self._accelerator.log_with]
+        return any(name in DRAWN_BY for name in names)
 
-    def close(self) -> None:
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """To every tracker that draws them."""
+        self.tell(lambda tracker: track_histograms(tracker, step, histograms))
+
+    def tell(self, call: Callable[[GeneralTracker], object]) -> None:
+        """Let ``call`` be made with each tracker, later and by another thread: what it uses must not change any more."""
+        for outbox in self._outboxes:
+            outbox.send(call)
+
+    def close(self, patience: float = 60.0) -> None:
+        """Make the files durable, and let the trackers finish within so many seconds."""
         self._bar.close()
         if self._file is not None:
             self._file.close()
             self._file = self._samples = None
-        try:
-            for tracker in self._accelerator.trackers:
-                tracker.finish()
-        except Exception as error:
-            self._give_up(error)
-        self._accelerator.trackers = []  # they are finished; Accelerate's end_training would do it again
+        until = time.monotonic() + patience
+        for outbox in self._outboxes:
+            outbox.finish()
+        for outbox in self._outboxes:
+            outbox.join(until)
+        self._outboxes = []
+        if self._hook is not None:
+            threading.excepthook, self._hook = self._hook, None
+
+
+def _postfix(metrics: Mapping[str, float]) -> str:
+    """What the progress bar shows of a row, if it is one of training; the bar itself knows how long it will take."""
+    if "train/loss" not in metrics:
+        return ""
+    mfu = f"{metrics['train/mfu']:.0%}" if "train/mfu" in metrics else "n/a"
+    speed = tqdm.format_sizeof(metrics["train/tokens_per_sec"])
+    return f"loss {metrics['train/loss']:.3f}, LR {metrics['train/learning_rate']:.1e}, {speed} tokens/s, MFU {mfu}"
 
 
 def _on_one_line(text: str) -> str:
@@ -193,5 +256,6 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
+            value = "null" if value is None else value
             flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
     return flat

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from accel_pretrain import agent
 from accel_pretrain.branching import as_begun, mark_stable, raised_again
 from accel_pretrain.checkpoint import (
     TrainState,
@@ -28,14 +29,19 @@ from accel_pretrain.commit import find_newest, go_back, resolve, sweep
 from accel_pretrain.compiling import resolve_compile
 from accel_pretrain.config import Plan, RunConfig, Splits, flat, make_plan, open_splits, told
 from accel_pretrain.data import TokenBatches
+from accel_pretrain.debugging import conclude, install
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
+from accel_pretrain.foresight import foresee
 from accel_pretrain.guard import Guard
-from accel_pretrain.history import read_starts, record_start
+from accel_pretrain.hindsight import Hindsight
+from accel_pretrain.history import about, read_starts, record_start
 from accel_pretrain.launchers import is_restart, is_restart_of
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
+from accel_pretrain.lr_find import find
 from accel_pretrain.machines import refuse_differences, refuse_other_folders
+from accel_pretrain.one_batch import OneBatch
 from accel_pretrain.origin import find_origin, refuse_other_shape, weights_of
 from accel_pretrain.parallel import build_model, fill, prepare
 from accel_pretrain.peers import Peers
@@ -45,12 +51,14 @@ from accel_pretrain.runtime import (
     build_accelerator,
     describe_runtime,
     few_collections,
+    peak_for,
     seed_everything,
     together,
 )
 from accel_pretrain.saver import Saver
 from accel_pretrain.session import Session, session, watched
 from accel_pretrain.stopping import follow_the_launcher
+from accel_pretrain.system import SystemMeter
 from accel_pretrain.tokenizer import load_tokenizer
 from accel_pretrain.trackers import RunLog
 from accel_pretrain.typed_values import NULLS
@@ -61,6 +69,7 @@ usage: accelerate launch -m accel_pretrain.train --config FILE [--section.key VA
        python -m accel_pretrain.train --train_data_path DIR [...]      one process, one device
 
   --print_config   show the resolved config and the plan, and stop
+  --lr_find        try learning rates from too low to too high, say which one to type, and stop; writes only lr_find.png, here
   --help           show this
 
 Every key, its default and its meaning (a key whose last part is unique may stand alone, as --batch_size 32):
@@ -72,11 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     with reported():
         words = sys.argv[1:] if argv is None else argv
-        line = parse_command_line(RunConfig, words, flags={"help", "print_config"}, short={"-h": "help"})
+        line = parse_command_line(RunConfig, words, flags={"help", "print_config", "lr_find"}, short={"-h": "help"})
         if "help" in line.flags:
             print(USAGE + reference(RunConfig))
             return 0
-        return pretrain(load_config(line), only_print="print_config" in line.flags)
+        line = replace(line, overrides=(*line.overrides, *agent.wishes()))
+        if "lr_find" in line.flags:
+            return find(load_config(line))
+        return pretrain(agent.own_directory(load_config(line)), only_print="print_config" in line.flags)
     return 2
 
 
@@ -129,11 +141,12 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
             say("\n".join([f"{to_yaml(config)}\n# plan\n{plan.describe()}", *(f"notice: {notice}" for notice in found)]))
             return 0
         with session(accelerator, run_dir, watchdog) as around:
+            around.forecast = foresee(config, plan, splits, accelerator)
             run, state = assemble(config, plan, splits, accelerator, around)
             around.afterwards.callback(around.close, run.log)
             try:
                 with few_collections():
-                    fit(run, state)
+                    conclude(run, fit(run, state))
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(run, error) from None
             finally:
@@ -161,7 +174,8 @@ def assemble(
     model, optimizer = prepare(accelerator, module, config.optimizer.build)
     state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
     flops = plan.flops_per_token * plan.tokens / plan.world_size
-    compiled, notice = resolve_compile(config.training, flops, accelerator.device)
+    wanted = replace(config.training, compile=False) if config.debug.detect_anomaly else config.training
+    compiled, notice = resolve_compile(wanted, flops, accelerator.device)
     module.recompute(config.training.activation_checkpointing)
     module.chunked_loss, module.document_id = config.training.chunked_loss, plan.document_id
     if compiled:
@@ -170,8 +184,8 @@ def assemble(
         log = RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters)
         if accelerator.is_main_process:
             mark_stable(run_dir, plan, checkpoint, state)
-            about = describe_runtime(accelerator, config.training, config.parallel)
-            record_start(run_dir, state.step, about, asdict(plan))
+            where = describe_runtime(accelerator, config.training, config.parallel)
+            record_start(run_dir, state.step, where, asdict(plan))
 
     def published(saved: TrainState, path: Path) -> None:
         log.line(f"Saved checkpoint to {path}")
@@ -182,11 +196,13 @@ def assemble(
     run = TrainingRun(
         config=config, plan=plan, splits=splits, accelerator=accelerator, model=model.train(), module=module,
         optimizer=optimizer, stop=around.stop, watchdog=around.watchdog, status=around.status,
-        parameters=list(model.parameters()), guard=Guard(config.training.on_spike),
+        parameters=list(model.parameters()), guard=Guard(config.training.on_spike), system=SystemMeter(accelerator.device),
+        peak_flops=peak_for(accelerator, config.training),
+        hindsight=Hindsight(around.forecast),
         weights_B=torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=accelerator.device),
         tokenizer=load_tokenizer(splits.train.tokenizer_path) if splits.train.tokenizer_path else None,
         log=log, saver=saver,
-        batches=TokenBatches(
+        batches=(OneBatch if config.debug.overfit_one_batch else TokenBatches)(
             splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
             accumulation=plan.accumulation, warmup=plan.batch_warmup, sampling=config.data.sampling,
             packing=config.data.packing,
@@ -196,7 +212,8 @@ def assemble(
     run.batches.leave_out(state.health.left_out)
     announce(run, state, checkpoint or origin, notice)
     run.status.progress(step=state.step, tokens=state.tokens, checkpoint=checkpoint)
-    run.log.start_trackers(config.logging, to_plain(config))
+    run.log.start_trackers(config.logging, {**to_plain(config), "about": about(), "plan": asdict(plan)})
+    install(run)
     return run, state
 
 
@@ -268,7 +285,8 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     before, config = load(RunConfig, checkpoint / "config.yaml"), as_begun(config, done)
     saved, now = flat(as_begun(before, done)), flat(config)
     changed = {key: (saved.get(key, "none"), now[key]) for key in now if saved.get(key) != now[key]}
-    fixed = ("optimizer.name", "data.sampling", "data.packing", "data.intra_document_masking", "training.seed")
+    kept = ("sampling", "packing", "intra_document_masking")
+    fixed = ("optimizer.name", "training.seed", "debug.overfit_one_batch", *(f"data.{key}" for key in kept))
     problems = [
         f"{key}: {checkpoint.name} has {old}, this config says {new}"
         for key, (old, new) in changed.items()
@@ -295,7 +313,7 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     if problems:
         raise ConfigError([*problems, "to start afresh instead, type another --checkpoint_dir"])
     for key, (old, new) in changed.items():
-        if not key.startswith(("logging.", "checkpoint.")):
+        if not key.startswith(("logging.", "checkpoint.", "debug.")):
             print(f"changed since {checkpoint.name}: {key} {old} -> {new}")
     if (had := facts.get("precision", precision)) != precision and "training.mixed_precision" not in changed:
         print(f"changed since {checkpoint.name}: the precision {had} -> {precision}; --mixed_precision {had} keeps it")
@@ -318,8 +336,8 @@ def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notic
     if plan.batch_warmup_from is not None:
         say(f"Batch warm-up: from {plan.batch_warmup_from} sequences, over {plan.batch_warmup_samples:,} of them")
     say(f"Max iterations: {plan.max_iters} ({plan.epochs:g} passes over the data)")
-    for part in plan.mixture:
-        say(f"Mixture: {part}")
+    for line in (*(f"Mixture: {part}" for part in plan.mixture), *run.hindsight.lines):
+        say(line)
     found = notices(run.config, plan, run.splits, cpu=run.accelerator.device.type == "cpu")
     for line in (*found, *([notice] if notice else [])):
         say(f"Notice: {line}")

@@ -7,15 +7,12 @@ rounding. What was found is remembered: the same command answers at once the nex
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import math
-import platform
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,9 @@ from accel_pretrain.hardware import cores, free_memory
 from accel_pretrain.ladder import Candidate, Search, TunedRun, as_run
 from accel_pretrain.launchers import launcher_variables
 from accel_pretrain.outlook import load_with_shape, splits_of, unknown_splits
+from accel_pretrain.peaks import processor
 from accel_pretrain.runtime import cache_folder, resolve_precision, runtime_of
+from accel_pretrain.stopping import signals_as_exceptions
 from accel_pretrain.trial import Trial, measure
 from accel_pretrain.typed_yaml import parse_command_line, reference, to_plain, to_yaml
 
@@ -108,25 +107,6 @@ def measure_all(search: Search, memory: Path) -> None:
         if any(trial.problem is None for trial in search.rows.values()):
             print("\n".join(["", "Not finished. So far:", *report(search)]), flush=True)
         raise
-
-
-@contextlib.contextmanager
-def signals_as_exceptions() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the program, as SIGINT does: what it has started is ended, and its files go."""
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        if before[number] is not signal.SIG_IGN:  # nohup
-            signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def kind_of(config: TunedRun) -> str:
@@ -219,7 +199,7 @@ def memory_file(search: Search) -> Path:
     """Where the rows of this question are kept: what they depend on, hashed."""
     config, plan, cpu, limit = search.config, search.plan, not search.on_gpu, limit_of(search.config)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "mps"
-    device = f"{_processor()}, {threads_of(config)} threads" if cpu else device
+    device = f"{processor()}, {threads_of(config)} threads" if cpu else device
     facts = {
         "device": device, "torch": torch.__version__, "version": __version__,
         "model": to_plain(config.model.resolved()), "vocab_size": plan.vocab_size, "optimizer": config.optimizer.name,
@@ -230,15 +210,6 @@ def memory_file(search: Search) -> Path:
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "tune" / f"{key}.json"
-
-
-def _processor() -> str:
-    """The CPU's name where Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def remember(path: Path, rows: dict[Candidate, Trial]) -> None:

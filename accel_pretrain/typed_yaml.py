@@ -174,6 +174,15 @@ def load(
     return config
 
 
+def entries_of(cls: type[Any], mapping: Mapping[Any, Any], origin: str) -> dict[str, Entry]:
+    """Values by the dotted keys of ``cls`` that they are for, as overrides for :func:`load`; refuses what is no key."""
+    problems, entries = list[str](), dict[str, Entry]()
+    _flatten(Keys(cls), mapping, origin, entries, problems)
+    if problems:
+        raise ConfigError(problems)
+    return entries
+
+
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], origin: str) -> T:
     """Build ``cls`` from a mapping that was already read (from JSON, say); ``origin`` names it in messages."""
     if not isinstance(mapping, Mapping):

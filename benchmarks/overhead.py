@@ -8,11 +8,16 @@ has forward, backward, clipping, a fused AdamW and nothing else, on a batch that
 for finite values and the stop signal. The two run in turns, one update each, on one thread; thread-CPU time does not count
 what other processes do, but it does feel their use of the caches, so the figure is the difference of the 5th percentiles
 (the quiet updates). A second bare loop in the same turns shows what the measurement itself is worth.
+
+Then what reporting costs: a row of metrics to the terminal (here a file), to ``metrics.jsonl`` and from ``/proc``, as
+:func:`accel_pretrain.loop.log_update` makes one every ``log_interval`` updates, against the update of this model; and that of
+which it would be one percent.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -25,7 +30,7 @@ import torch
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState
 from accel_pretrain.config import RunConfig, make_plan, open_splits
 from accel_pretrain.data import DataConfig
-from accel_pretrain.loop import train_step
+from accel_pretrain.loop import Update, log_update, train_step
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.optim import AdamW
 from accel_pretrain.run import TrainingRun
@@ -84,6 +89,16 @@ def bare() -> Callable[[], None]:
     return update
 
 
+def reporting(run: TrainingRun, rows: int) -> list[float]:
+    """Microseconds of thread-CPU time of each of so many rows of metrics."""
+    state, times = TrainState(), list[float]()
+    value = torch.tensor(1.0)
+    for _ in range(rows):
+        state.step += run.config.logging.log_interval
+        times.append(microseconds(lambda: log_update(run, state, Update(loss=value, grad_norm=value, lr=1e-3))))
+    return times
+
+
 def microseconds(update: Callable[[], None]) -> float:
     begin = time.thread_time_ns()
     update()
@@ -96,7 +111,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        loops = {"bare loop": bare(), "bare loop again": bare(), "our loop": ours(our_run(Path(folder)))}
+        run = our_run(Path(folder))
+        loops = {"bare loop": bare(), "bare loop again": bare(), "our loop": ours(run)}
         times: dict[str, list[float]] = {name: [] for name in loops}
         for update in loops.values():
             for _ in range(50):
@@ -104,10 +120,16 @@ def main() -> None:
         for _ in range(arguments.updates):
             for name, update in loops.items():
                 times[name].append(microseconds(update))
+        with (Path(folder) / "log.txt").open("w") as file, contextlib.redirect_stdout(file):
+            row = statistics.median(reporting(run, 500))
+        interval = run.config.logging.log_interval
     quiet = {name: statistics.quantiles(values, n=20)[0] for name, values in times.items()}
     print(f"\nthread-CPU time per update, {MICRO_STEPS} micro-steps, {arguments.updates} updates each")
     for name, value in quiet.items():
         print(f"{name:<16} {value:8.0f} µs  {value - quiet['bare loop']:+6.0f} µs")
+    share = row / interval / quiet["our loop"]
+    print(f"a row of metrics {row:6.0f} µs, every {interval} updates: {row / interval:.2f} µs or {share:.3%} of an update")
+    print(f"                 one percent of updates of {row / interval * 100:.0f} µs")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from accel_pretrain import doctor, proofs
+from accel_pretrain import doctor, launchers, proofs, smoke
 from accel_pretrain.config import RunConfig, make_plan, open_splits
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.proofs import HALF, Failed, Runs, prove, shrunk
@@ -39,7 +39,7 @@ def test_the_machine(tmp_path: Path, capsys: Capture, monkeypatch: pytest.Monkey
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_not_to_be_shown")
     monkeypatch.setenv("MASTER_PORT", "12345")
-    assert doctor.main([]) == 0
+    assert doctor.main(["--no_smoke"]) == 0
     shown = capsys.readouterr().out
     lines = (
         rf"torch +ok +{re.escape(torch.__version__)}",
@@ -59,12 +59,54 @@ def test_what_is_wrong_with_a_machine_is_a_problem(capsys: Capture, monkeypatch:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "gone"))
     monkeypatch.setitem(doctor.CORE, "tqdm", "999")
     monkeypatch.setitem(doctor.EXTRAS, "hf", {"no-such-package": "1"})
-    assert doctor.main([]) == 1
+    assert doctor.main(["--no_smoke"]) == 1
     shown = capsys.readouterr().out
     assert re.search(r"tqdm +PROBLEM +.*; type: pip install 'tqdm>=999'", shown)
     assert re.search(r"extra hf +- +no-such-package missing; to have it: pip install 'accel_pretrain\[hf\]'", shown)
     assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD PROBLEM" in shown
-    assert re.search(r"tiktoken's cache +PROBLEM", shown)
+    assert re.search(r"tokenizers +PROBLEM .*/gone, which TIKTOKEN_CACHE_DIR names, is not there", shown)
+
+
+@pytest.mark.slow
+def test_a_small_run_from_text_to_text(tmp_path: Path) -> None:
+    """As a person would, in some folder."""
+    command = [sys.executable, "-m", "accel_pretrain.doctor"]
+    done = subprocess.run(
+        command, env=environment(OMP_NUM_THREADS="1"), cwd=tmp_path, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(
+        r"^holds +[\d.]+ s  text to tokens, to a trained model, to text: [\d,]+ tokens/s", done.stdout, re.MULTILINE
+    )
+    assert done.stdout.endswith("\nall is well\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_run_that_goes_wrong_says_where(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = smoke.smoke(tmp_path / "not" / "there")
+    assert not result.passed
+    assert "No such file or directory" in result.seen
+    monkeypatch.setattr(doctor, "smoke", lambda folder: result)
+    assert doctor.show_smoke() is False
+    assert "FAILS" in capsys.readouterr().out
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    with pytest.raises(Failed, match=r"^prep.tokenize ended with 2: error: /nowhere: /nowhere does not exist"):
+        smoke._run("prep.tokenize", "/nowhere", "-o", str(tmp_path / "data"), "--tokenizer", "bytes")
+
+
+def test_the_config_that_accelerate_would_take_and_the_vocabularies_that_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor._accelerate_config().ok
+    (tmp_path / "default_config.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 4\nmixed_precision: bf16\n")
+    monkeypatch.setattr(launchers, "default_config_file", str(tmp_path / "default_config.yaml"))
+    found = doctor._accelerate_config()
+    assert found.ok is None
+    assert found.detail.endswith("typed: distributed_type MULTI_GPU, num_processes 4, mixed_precision bf16")
+    assert doctor._tokenizers(str(tmp_path)).detail.startswith(f"none in {tmp_path}; gpt2, p50k_base")
+    (tmp_path / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4").write_text("")  # tiktoken's name for cl100k_base
+    found = doctor._tokenizers(str(tmp_path))
+    assert (found.ok, found.detail.partition(";")[0]) == (True, f"cl100k_base in {tmp_path}")
 
 
 @pytest.mark.slow

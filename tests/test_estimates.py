@@ -26,10 +26,10 @@ from accel_pretrain.estimates import (
     weight_copies,
 )
 from accel_pretrain.hardware import HARDWARE, Machine, free_disk, free_memory, here
-from accel_pretrain.metrics import _PEAK_FLOPS
 from accel_pretrain.models import ModelConfig, Transformer, cpu_loss, head_loss
 from accel_pretrain.optim import SGD, AdamW
 from accel_pretrain.outlook import critical_batch, first_loss
+from accel_pretrain.peaks import peak_of
 from accel_pretrain.probe import probe
 from accel_pretrain.typed_yaml import load
 from tests.running import REPO
@@ -277,7 +277,7 @@ def test_the_critical_batch_grows_with_a_run():
 
 def test_the_peaks_are_those_of_the_metrics():
     for key, machine in HARDWARE.items():
-        assert machine.peak_bf16 == _PEAK_FLOPS[{"4090": "RTX 4090"}.get(key, key.upper())]
+        assert machine.peak_bf16 == peak_of({"4090": "RTX 4090"}.get(key, key.upper()), "bf16")
 
 
 def test_this_machine(tmp_path: Path):

@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from accel_pretrain.metrics import METRICS_FILE, MetricsFile, Stopwatch, peak_flops, read_metrics
+from accel_pretrain.metrics import METRICS_FILE, MetricsFile, Stopwatch, read_metrics
 
 
 def record(folder: Path, steps: range, resumed_step: int = 0) -> None:
@@ -101,43 +100,6 @@ def test_what_is_not_finite_is_null(tmp_path: Path, value: float):
     text = (tmp_path / METRICS_FILE).read_text()
     row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (row["train/loss"], row["train/grad_norm"]) == (None, 2.0)
-
-
-@pytest.mark.parametrize(
-    ("name", "teraflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("AMD Instinct MI300X", 1307),
-        # their names hold another's
-        ("NVIDIA L40", None),
-        ("NVIDIA A10", None),
-        ("NVIDIA RTX A1000", None),
-        ("NVIDIA GeForce RTX 4090 D", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA GeForce RTX 3090 Ti", None),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
-        ("Tesla V100-SXM2-16GB", None),
-    ],
-)
-def test_peak_flops_of_a_gpu_is_known_or_none(monkeypatch: pytest.MonkeyPatch, name: str, teraflops: int | None):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda")) == (None if teraflops is None else teraflops * 1e12)
-
-
-@pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_peak_flops_of_anything_else_is_none(device: str):
-    assert peak_flops(torch.device(device)) is None
 
 
 def test_the_stopwatch_counts_updates_and_not_pauses(monkeypatch: pytest.MonkeyPatch):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from accel_pretrain import plan
-from accel_pretrain.hindsight import compared
+from accel_pretrain import foresight, plan
+from accel_pretrain.config import RunConfig, make_plan, open_splits
+from accel_pretrain.foresight import foresee
+from accel_pretrain.hindsight import Forecast, Hindsight, planned_pace
+from accel_pretrain.metrics import Stopwatch
 from accel_pretrain.train import main as train_main
-from tests.running import REPO, TINY, refused
+from accel_pretrain.typed_yaml import load, parse_command_line
+from tests.running import REPO, TINY, Train, refused
 
 QUICK = ["--probe_seconds", "0.05", "--device", "cpu", "--cpu_threads", "1"]
 CONFIG = str(REPO / "configs" / "gpt2_124m.yaml")
@@ -159,15 +165,71 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]):
 def test_a_saved_plan_is_compared_with_the_run(capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path):
     words = ["--train_data_path", str(dataset), *SMALL, "--checkpoint_dir", str(tmp_path / "run"), "--log_interval", "20"]
     printed(capsys, *words, "--save")
-    assert json.loads((tmp_path / "run" / "plan.json").read_text())["parameters"]["total"] == 37_088
+    saved = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert saved["parameters"]["total"] == 37_088
     own = [word for word in words if word not in ("--probe_seconds", "0.05")]
     assert train_main([*own, "--max_iters", "60"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Plan and run: "))
-    assert re.search(r"tokens/s planned, [\d,]+ so far \([+-]\d+%\); 0.00 GB of tensors planned, [\d.]+ at most", line)
+    shown = capsys.readouterr().out.splitlines()
+    speed, memory = f"{saved['time']['tokens_per_sec']:,.0f} tokens/s", f"{saved['memory']['peak'] / 1e6:,.1f} MB of tensors"
+    before, after = [line for line in shown if line.startswith("Plan: ")], [line for line in shown if "Plan and run: " in line]
+    assert before[0].startswith(f"Plan: {memory}, up to ")
+    assert re.search(rf"per update, {speed}, .* in all, from plan --save$", before[1])
+    assert len(before) == 2
+    assert len(after) == 1
+    assert re.match(
+        rf"Plan and run: {speed} planned, [\d,]+ so far \([+-]\d+%\), .* to go; {memory} planned, .* at most", after[0]
+    )
+    order = [line[:12] for line in shown if line.startswith(("Plan", "Iter     40", "Iter     60"))]
+    assert order == [before[0][:12], before[1][:12], "Iter     40 ", "Plan and run", "Iter     60 "]
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"time": {"tokens_per_sec": "x"}, "memory": {"peak": 1}}'])
 def test_a_plan_that_cannot_be_read_is_no_plan(content: str | None, tmp_path: Path):
     if content is not None:
         (tmp_path / "plan.json").write_text(content)
-    assert compared(tmp_path, 1.0, torch.device("cpu")) is None
+    assert planned_pace(tmp_path) is None
+
+
+def test_a_run_says_how_long_it_takes_as_soon_as_it_knows(run_train: Train, capsys: pytest.CaptureFixture, tmp_path: Path):
+    """Without a saved plan: at once by a probe, where the run is so long that a probe costs nothing; else after 50 updates."""
+    assert run_train(tmp_path / "a", "--max_iters", "60", "--log_interval", "60") == 0
+    shown = capsys.readouterr().out
+    assert "Plan: how long it takes is said after 50 updates" in shown
+    assert re.search(r"^Plan and run: [\d,]+ tokens/s, [\d.]+ (ms|s) of updates to go; ", shown, re.MULTILINE)
+    assert run_train(tmp_path / "b", "--max_iters", "50") == 0
+    shown = capsys.readouterr().out
+    assert "how long it takes" not in shown
+    assert shown.count("first loss about 5.5") == 1
+
+
+def test_what_a_probe_says_is_close(dataset: Path, monkeypatch: pytest.MonkeyPatch):
+    """The probe of a start: it leaves the random state alone, and its figure is the one of the plan's own probe."""
+    given = ["--train_data_path", str(dataset), *TINY, "--max_iters", "60"]
+    config = load(RunConfig, None, parse_command_line(RunConfig, given).overrides)
+    splits = open_splits(config.data)
+    plan_, accelerator = make_plan(config, splits, 1), Accelerator(cpu=True)
+    assert foresee(config, plan_, splits, accelerator).tokens_per_sec is None
+    monkeypatch.setitem(foresight.PROBE_FROM_FLOPS, "cpu", 0.0)
+    state = torch.random.get_rng_state()
+    found = foresee(config, plan_, splits, accelerator)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert found.tokens_per_sec is not None
+    assert found.tokens_per_sec > 0
+    assert re.search(r"in all, from a probe of \d+ updates here \(4 of 4 sequences\)$", found.lines[1])
+
+
+def test_the_comparison_counts_updates_and_not_pauses(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    forecast = Forecast(lines=(), max_iters=150, tokens_per_step=100, tokens_per_sec=500.0, peak=10**6)
+    watch, hindsight, said = Stopwatch(), Hindsight(forecast), []
+    for step in range(1, 120):
+        now[0] += 100.0 if step == 1 else 0.25
+        said.append(hindsight.after(step, watch, torch.device("cpu")))
+        with watch.paused():
+            now[0] += 7.0
+    assert [at for at, line in enumerate(said, 1) if line] == [50]
+    line = said[49]
+    assert line is not None
+    assert line.startswith("Plan and run: 500 tokens/s planned, 400 so far (-20%), 25.0 s of updates to go; 1.0 MB of tensors")
+    assert Hindsight().after(50, watch, torch.device("cpu")) is None

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import http.server
 import importlib.util
 import io
 import json
 import logging
 import os
+import re
+import socket
 import subprocess
 import sys
+import termios
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
+from accel_pretrain import outbox
 from accel_pretrain.errors import ConfigError
-from accel_pretrain.trackers import LoggingConfig, RunLog
+from accel_pretrain.trackers import LoggingConfig, RunLog, _postfix
 from tests.running import REPO, TINY, Train, environment, launch, newest, rows
 
 
@@ -74,6 +83,8 @@ def test_a_tracker_gets_the_config_and_the_rows_of_the_file(
     assert [method for method, _, _ in recorder.calls] == ["start", "store_init_configuration", *["log"] * 5, "finish"]
     settings = recorder.calls[1][1]
     assert (settings["training.max_iters"], settings["model.dropout"], settings["optimizer.name"]) == (3, 0.0, "adamw")
+    assert (settings["plan.tokens_per_step"], settings["about.versions.torch"]) == (128, torch.__version__)
+    assert {"about.git", "about.host", "about.command"} <= settings.keys()
     logged = [values | {"step": step} for method, values, step in recorder.calls if method == "log"]
     assert logged == [{key: value for key, value in row.items() if key != "time"} for row in rows(tmp_path)]
     assert warnings_of(caplog) == []
@@ -90,6 +101,71 @@ def test_a_tracker_that_fails_costs_one_warning(
     assert recorder.calls[-1][0] == method
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 3]
     assert newest(tmp_path).name == "checkpoint_00000003"
+
+
+class Hanging(Recorder):
+    """One whose method ``hangs_in`` does not come back before the test is over."""
+
+    def __init__(self, hangs_in: str) -> None:
+        super().__init__()
+        self.hangs_in, self.over = hangs_in, threading.Event()
+
+    def _call(self, method: str, values: Any = None, step: int | None = None) -> None:
+        super()._call(method, values, step)
+        if method == self.hangs_in:
+            self.over.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("start", "did not start within 0 s"),
+        ("log", "does not answer: 4 calls wait"),
+        ("finish", "did not finish in time; what it has not sent is in metrics.jsonl alone"),
+    ],
+)
+def test_a_tracker_that_hangs_costs_one_warning_and_no_time(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    reason: str,
+) -> None:
+    """The other tracker gets everything."""
+    hanging, whole = Hanging(method), Recorder()
+    for name, value in (("AWAITED", 0.1), ("START", 0.2), ("_ROWS", 4)):
+        monkeypatch.setattr(outbox, name, value)
+    monkeypatch.setattr("accel_pretrain.session.PATIENT_TEARDOWN", 3.0)
+    monkeypatch.setattr(LoggingConfig, "tracker_names", [hanging, whole])
+    try:
+        monkeypatch.setattr(whole, "log", lambda values, step=None, **_: Recorder.log(whole, values, step))
+        begin = time.monotonic()
+        assert run_train(tmp_path, "--max_iters", "9") == 0
+        assert time.monotonic() - begin < 50
+    finally:
+        hanging.over.set()
+    assert warnings_of(caplog) == [f"tracker recorder failed and gets no more metrics: {reason}"]
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, 10), 9]
+    assert whole.calls[-1][0] == "finish"
+    assert newest(tmp_path).name == "checkpoint_00000009"
+
+
+def test_a_tracker_that_is_slow_gets_everything_and_holds_up_nothing(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Slow(Recorder):
+        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            time.sleep(0.2)
+            self._call("log", values, step)
+
+    slow = Slow()
+    monkeypatch.setattr(LoggingConfig, "tracker_names", [slow])
+    assert run_train(tmp_path, "--max_iters", "6") == 0
+    found = rows(tmp_path)
+    assert found[5]["time"] - found[0]["time"] < 5 * 0.2  # else it would be 1 s at least
+    assert [step for method, _, step in slow.calls if method == "log"] == [1, 2, 3, 4, 5, 6, 6]
+    assert warnings_of(caplog) == []
 
 
 def test_a_tracker_that_is_not_installed_costs_one_warning(
@@ -113,6 +189,27 @@ def test_a_tracker_that_nobody_knows_is_refused(name: str) -> None:
 def test_amounts_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: must be at least 1"):
         LoggingConfig(**{name: 0})  # type: ignore[arg-type]
+
+
+def test_the_bar_shows_loss_rate_and_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal, after the next update; a file gets no bar."""
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (24, 120))
+    os.set_blocking(master, False)
+    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        log = RunLog(Accelerator(cpu=True), tmp_path, step=0, total=10)
+        row = {"train/loss": 3.25, "train/learning_rate": 6e-4, "train/tokens_per_sec": 12345.6}
+        log.metrics(1, 8, row)
+        log.metrics(2, 16, row | {"train/mfu": 0.314})
+        log.metrics(2, 16, {"eval/val_loss": 3.0})  # which leaves it as it is
+        time.sleep(0.15)  # tqdm draws ten times a second
+        log.advance(5)
+        log.close()
+        shown = (screen.read(8192) or b"").decode()
+    assert "loss 3.250, LR 6.0e-04, 12.3k tokens/s, MFU 31%" in shown
+    assert re.search(r"5/10 \[\d\d:\d\d<\d\d:\d\d, ", shown)
+    assert _postfix(row).endswith(", MFU n/a")
 
 
 def test_a_line_that_nobody_reads_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,3 +328,90 @@ def test_prompts_are_one_or_several() -> None:
     with pytest.raises(ConfigError) as caught:
         LoggingConfig(sample_prompt="a", sample_prompts=("b",), sample_temperature=-1.0)
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["sample_temperature", "sample_prompts"]
+
+
+# ------------------------------------------------------------------------------------------------- the real ones, in trouble
+
+
+def warned(dataset: Path, folder: Path, *words: str, **variables: str) -> list[str]:
+    """The warnings of a real process that must train to its end."""
+    home = {f"WANDB_{name}_DIR": str(folder / "home") for name in ("CONFIG", "CACHE", "DATA")}
+    command = ["--train_data_path", str(dataset), "--checkpoint_dir", str(folder / "run"), *TINY, "--max_iters", "9", *words]
+    done = subprocess.run(
+        launch(command), env=environment(HOME=str(folder / "home"), WANDB_SILENT="true", **home, **variables), cwd=folder,
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert newest(folder / "run").name == "checkpoint_00000009"
+    assert [row["step"] for row in rows(folder / "run")] == [*range(1, 10), 9]
+    return [line for line in done.stderr.splitlines() if line.startswith(("WARNING", "ERROR", "Traceback"))]
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A server of wandb's that knows no such key."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b'{"errors": [{"message": "invalid api key", "code": 401}]}'
+        self.send_response(401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_wandb_with_a_wrong_key_costs_one_warning(dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="pip install 'accel_pretrain[track]'")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        found = warned(dataset, tmp_path, "--use_wandb", WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=url)
+        server.shutdown()
+    assert found == ["WARNING: tracker wandb failed and gets no more metrics: invalid api key"]
+
+
+@pytest.mark.slow
+def test_wandb_whose_server_is_down_costs_one_warning_and_a_bounded_time(dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="pip install 'accel_pretrain[track]'")
+    with socket.socket() as taken:  # a port on which nobody answers
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        found = warned(dataset, tmp_path, "--use_wandb", WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=url)
+    [line] = found
+    assert line.startswith("WARNING: tracker wandb failed and gets no more metrics: ")
+
+
+@pytest.mark.slow
+def test_wandb_without_a_key_records_here(dataset: Path, tmp_path: Path) -> None:
+    """It asks nobody for one, and says how to send what it has recorded."""
+    pytest.importorskip("wandb", reason="pip install 'accel_pretrain[track]'")
+    [line] = warned(dataset, tmp_path, "--use_wandb")
+    assert "wandb knows no key on this machine, so the run is recorded here; to send it: wandb login; wandb sync " in line
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk_for_a_tracker_costs_one_warning(dataset: Path, tmp_path: Path) -> None:
+    """That of metrics.jsonl has a test of its own; checkpoints are on another disk here."""
+    pytest.importorskip("tensorboard", reason="pip install 'accel_pretrain[track]'")
+    (full := tmp_path / "full").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        (full / "board").mkdir()
+        with contextlib.suppress(OSError), (full / "ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "transformer-lm").symlink_to(full / "board")
+        [line] = warned(dataset, tmp_path, "--trackers", "tensorboard")
+        assert line.startswith("WARNING: tracker tensorboard failed and gets no more metrics: ")
+    finally:
+        subprocess.run(["umount", str(full)], check=True)

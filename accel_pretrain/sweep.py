@@ -1,0 +1,335 @@
+"""Many runs of one config, each with other values, and which was best: ``python -m accel_pretrain.sweep --config C.yaml ...``.
+
+Each trial is a real run in a process and a folder of its own below ``checkpoint_dir``. ``sweep.jsonl`` there has a row for
+each, and the same command goes on where it was: with the trial that was cut off, then with the next. One that fails is a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from accel_pretrain import lock
+from accel_pretrain.config import RunConfig, open_splits
+from accel_pretrain.errors import ConfigError, LockedError, refuse, reported
+from accel_pretrain.launchers import environment_of_its_own
+from accel_pretrain.metrics import METRICS_FILE, read_metrics
+from accel_pretrain.space import Choice, Method, Space, grid_size, parse_parameter, propose
+from accel_pretrain.status import read_status
+from accel_pretrain.stopping import signals_as_exceptions
+from accel_pretrain.typed_keys import Keys
+from accel_pretrain.typed_yaml import CommandLine, Entry, load, option, parse_command_line, reference, section
+
+USAGE = """\
+usage: python -m accel_pretrain.sweep --config FILE --param lr=1e-4..1e-2:log --param batch_size=8,16 [--key VALUE]...
+       python -m accel_pretrain.sweep --config FILE --param lr=1e-4..1e-2:log --method tpe --trials 30
+
+  --param KEY=A,B,C        one of these values
+  --param KEY=LOW..HIGH    a number between; a whole one if both ends are; LOW..HIGH:log spreads it over powers of ten
+  --help                   show this
+
+"""
+ROWS = "sweep.jsonl"
+_PATIENCE = 60.0  # seconds that a trial which was asked to stop has for saving
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """How to look, and how long."""
+
+    trials: int | None = option(None, "how many runs; null: the whole grid, or 20")
+    method: Literal["grid", "random", "tpe"] | None = option(
+        None, "grid | random | tpe (where good values were; needs optuna); null: grid if all parameters are lists, else random"
+    )
+    sweep_seed: int = option(0, "of random and tpe; the runs themselves have training.seed")
+    launcher: str | None = option(None, "what starts a trial, as 'accelerate launch --num_processes 8'; null: one process")
+
+    def __post_init__(self) -> None:
+        refuse(
+            (self.trials is not None and self.trials < 1, f"trials: must be at least 1, got {self.trials}"),
+            (self.sweep_seed < 0, f"sweep_seed: must not be negative, got {self.sweep_seed}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweptRun(RunConfig):
+    """A run, and how to vary it."""
+
+    sweep: SweepOptions = section(SweepOptions, "How to look (keys of accel_pretrain.sweep only)")
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One run: ``state`` is running, finished or failed, and what came of it."""
+
+    trial: int
+    parameters: dict[str, str]
+    state: str = "running"
+    val_loss: float | None = None
+    standard_error: float | None = None
+    seconds: float | None = None
+    reason: str | None = None
+
+    @property
+    def folder(self) -> str:
+        return f"trial_{self.trial:03d}"
+
+    @property
+    def words(self) -> str:
+        return " ".join(f"--{name} {shlex.quote(value)}" for name, value in self.parameters.items())
+
+
+@dataclass(kw_only=True)
+class Sweep:
+    """A sweep and what is known of it; ``base`` are the words that all its trials have in common."""
+
+    folder: Path
+    space: Space
+    method: Method
+    seed: int
+    wanted: int
+    base: list[str]
+    start: list[str]
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """What must be the same for trials to be compared."""
+        space = {name: asdict(own) for name, own in self.space.items()}
+        return {"parameters": space, "method": self.method, "seed": self.seed, "words": self.base}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    with reported():
+        words, parameters = split_parameters(sys.argv[1:] if argv is None else argv)
+        line = parse_command_line(SweptRun, words, flags={"help"}, short={"-h": "help"})
+        if "help" in line.flags:
+            print(USAGE + reference(SweptRun), end="")
+            return 0
+        sweep = make_sweep(line, parameters)
+        with held(sweep.folder), signals_as_exceptions():
+            recall(sweep)
+            code = run_trials(sweep)
+        print("\n".join(report(sweep)))
+        return code or int(all(trial.state != "finished" for trial in sweep.trials))
+    return 2
+
+
+def split_parameters(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without ``--param X``, and every X."""
+    rest, found, left = list[str](), list[str](), list(words)
+    while left:
+        word = left.pop(0)
+        if word == "--param" and left:
+            found.append(left.pop(0))
+        elif word.startswith("--param="):
+            found.append(word.removeprefix("--param="))
+        else:
+            rest.append(word)
+    return rest, found
+
+
+def make_sweep(line: CommandLine, parameters: Sequence[str]) -> Sweep:
+    """The sweep that was asked for; refuses what every trial would trip over."""
+    config = load(SweptRun, line.config, line.overrides)
+    space = space_of(parameters, line)
+    size, options = grid_size(space), config.sweep
+    method: Method = options.method or ("grid" if size is not None else "random")
+    ranges = ", ".join(name for name, own in space.items() if not isinstance(own, Choice))
+    refuse(
+        (method == "grid" and size is None, f"sweep.method: a grid needs lists, and {ranges} is a range; type --method random")
+    )
+    open_splits(config.data)
+    file = ["--config", str(line.config)] if line.config else []
+    own = ("sweep.", "checkpoint.checkpoint_dir", *space)
+    base = [*file, *(f"--{key}={entry.raw}" for key, entry in line.overrides if not key.startswith(own))]
+    start = shlex.split(options.launcher) if options.launcher else [sys.executable]
+    wanted = options.trials or (size if method == "grid" and size is not None else 20)
+    if method == "tpe":
+        propose(space, method, options.sweep_seed, [])  # refuses if optuna is not there
+    return Sweep(
+        folder=config.checkpoint.checkpoint_dir, space=space, method=method, seed=options.sweep_seed, wanted=wanted,
+        base=base, start=start,
+    )  # fmt: skip
+
+
+def space_of(parameters: Sequence[str], line: CommandLine) -> Space:
+    """The parameters by their dotted keys, each value checked for its type."""
+    refuse((not parameters, "nothing to vary; type --param lr=1e-4..1e-2:log, or --param batch_size=8,16"))
+    keys, space, problems = Keys(RunConfig), dict[str, Any](), list[str]()
+    for word in parameters:
+        name, values = parse_parameter(word)
+        samples = values.values if isinstance(values, Choice) else (values.text(values.low), values.text(values.high))
+        leaf = keys.find(name, samples[0])
+        if isinstance(leaf, str):
+            problems.append(f"--param {word}: {leaf}")
+        elif leaf.path in ("checkpoint.checkpoint_dir", *space):
+            problems.append(f"--param {word}: {leaf.path} is given twice, or is where the trials are")
+        else:
+            space[leaf.path] = values
+            for sample in samples:
+                try:
+                    load(SweptRun, line.config, (*line.overrides, (leaf.path, Entry(sample, f"--param {word}"))))
+                except ConfigError as error:  # others may be the trial's own, of values that do not go together
+                    problems += [problem for problem in error.problems if f"{leaf.path}: expected" in problem]
+    if problems:
+        raise ConfigError(problems)
+    return space
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """One sweep at a time in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        file = lock.take(folder / ".sweep_lock")
+    except lock.Taken as taken:
+        raise LockedError(f"checkpoint.checkpoint_dir: {taken} sweeps in {folder}; type another --checkpoint_dir") from None
+    try:
+        yield
+    finally:
+        lock.release(file)
+
+
+# -------------------------------------------------------------------------------------------------------------- trials
+
+
+def run_trials(sweep: Sweep) -> int:
+    """All that are wanted, the one that was cut off first; the exit code, which is not 0 if somebody has stopped it."""
+    told = [(trial.parameters, trial.val_loss) for trial in sweep.trials if trial.state != "running"]
+    unfinished = [trial for trial in sweep.trials if trial.state == "running"]
+    while unfinished or len(told) < sweep.wanted:
+        if unfinished:
+            trial = unfinished.pop(0)
+        else:
+            values = propose(sweep.space, sweep.method, sweep.seed, told)
+            if values is None:
+                break
+            trial = Trial(trial=len(sweep.trials), parameters=values)
+            sweep.trials.append(trial)
+            write(sweep, asdict(trial))
+        print(f"{trial.folder} of {sweep.wanted}: {trial.words}", flush=True)
+        if code := run_trial(sweep, trial):
+            return code
+        write(sweep, asdict(trial))
+        print(f"  {outcome(trial)}", flush=True)
+        told.append((trial.parameters, trial.val_loss))
+    return 0
+
+
+def run_trial(sweep: Sweep, trial: Trial) -> int:
+    """Run it to its end and fill in what came of it. Not 0: it was asked to stop, has saved, and is to go on another time."""
+    place, begin = sweep.folder / trial.folder, time.monotonic()
+    values = [f"--{key}={value}" for key, value in trial.parameters.items()]
+    command = [*sweep.start, "-m", "accel_pretrain.train", *sweep.base, *values, f"--checkpoint.checkpoint_dir={place}"]
+    with (sweep.folder / f"{trial.folder}.log").open("ab") as output:
+        process = subprocess.Popen(command, env=environment_of_its_own(), stdout=output, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        except BaseException:  # we are asked to stop: so is the trial, and it saves
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_PATIENCE)
+            process.kill()
+            raise
+    status = read_status(place)
+    if status.get("state") == "interrupted":
+        return int(status.get("exit_code") or 1)
+    trial.seconds = round(time.monotonic() - begin, 1)
+    trial.val_loss, trial.standard_error = last_evaluation(place)
+    trial.state = "finished" if code == 0 and trial.val_loss is not None else "failed"
+    if trial.state == "failed":
+        trial.val_loss = trial.standard_error = None
+        trial.reason = reason_of(code, status, Path(output.name))
+    return 0
+
+
+def last_evaluation(run_dir: Path) -> tuple[float | None, float | None]:
+    """The loss at the end of a run and its standard error; None if there is none, or it is not finite."""
+    try:
+        ends = [row for row in read_metrics(run_dir / METRICS_FILE) if "final/val_loss" in row]
+    except OSError:
+        return None, None
+    return (ends[-1]["final/val_loss"], ends[-1].get("eval/val_loss_standard_error")) if ends else (None, None)
+
+
+def reason_of(code: int, status: dict[str, Any], log: Path) -> str:
+    """One line: what the run has said of its end, else the last that it wrote."""
+    if code and status.get("state") == "failed" and status.get("reason"):
+        return f"{status['reason']} (exit code {status.get('exit_code', code)})"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = [line for line in lines if line.startswith("error")] or lines or [""]
+    return f"{said[-1][:300]} (exit code {code})"
+
+
+# ------------------------------------------------------------------------------------------------- what is remembered
+
+
+def write(sweep: Sweep, row: dict[str, Any]) -> None:
+    with (sweep.folder / ROWS).open("ab") as file:
+        file.write(f"{json.dumps(row)}\n".encode())
+
+
+def recall(sweep: Sweep) -> None:
+    """The trials of an earlier start of this sweep; refuses a folder that another sweep has begun in."""
+    path, question = sweep.folder / ROWS, None
+    found: dict[int, Trial] = {}
+    written = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    if written and not written.endswith("\n"):  # it was cut off in a row
+        with path.open("ab") as file:
+            file.write(b"\n")
+    for text in written.splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # a torn line
+            row = json.loads(text)
+            if "trial" in row:
+                found[row["trial"]] = Trial(**row)
+            else:
+                question = row
+    if question is None:
+        write(sweep, sweep.question)
+    elif question != json.loads(json.dumps(sweep.question)):
+        differs = ", ".join(key for key, value in json.loads(json.dumps(sweep.question)).items() if question.get(key) != value)
+        raise ConfigError(
+            f"checkpoint.checkpoint_dir: {path} is of another sweep (its {differs} differ): type another --checkpoint_dir"
+        )
+    sweep.trials = [found[number] for number in sorted(found)]
+
+
+def outcome(trial: Trial) -> str:
+    if trial.val_loss is None:
+        return trial.reason or trial.state
+    error = f" ± {trial.standard_error:.4f}" if trial.standard_error is not None else ""
+    return f"{trial.val_loss:.4f}{error}"
+
+
+def report(sweep: Sweep) -> list[str]:
+    """The trials as a table, best first, and what to type for the best."""
+    finished = sorted((trial for trial in sweep.trials if trial.val_loss is not None), key=lambda trial: trial.val_loss or 0.0)
+    rest = [trial for trial in sweep.trials if trial.val_loss is None]
+    lines = ["", f"{'val loss':<20}{'seconds':>9}  trial"]
+    for trial in (*finished, *rest):
+        seconds = "" if trial.seconds is None else f"{trial.seconds:.1f}"
+        shown = outcome(trial) if trial.val_loss is not None else trial.state
+        lines.append(f"{shown:<20}{seconds:>9}  {trial.folder}  {trial.words}")
+    lines += [f"{trial.folder}: {trial.reason}" for trial in rest if trial.reason]
+    if finished:
+        words = shlex.join(sweep.base)
+        lines += ["", f"Best: python -m accel_pretrain.train {words} {finished[0].words} --checkpoint_dir DIR"]
+    if len(finished) > 1:
+        first, second = (sweep.folder / trial.folder for trial in finished[:2])
+        lines.append(f"Whether it is better than the next: python -m accel_pretrain.compare {first} {second}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Sweeps: by a wandb agent, whose values reach the config, and by our own program, whose trials are real runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from accel_pretrain import space, sweep
+from accel_pretrain.agent import own_directory, wishes
+from accel_pretrain.config import RunConfig
+from accel_pretrain.errors import ConfigError
+from accel_pretrain.space import Choice, Range, grid_size, parse_parameter, propose
+from accel_pretrain.typed_keys import Keys, Leaf
+from accel_pretrain.typed_yaml import load
+from tests.running import REPO, TINY, environment, launch, losses, refused
+
+# ------------------------------------------------------------------------------------------------------- what is tried
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("lr=1e-4..1e-2:log", ("lr", Range(1e-4, 1e-2, True, False))),
+        ("lr=0.001..0.1", ("lr", Range(0.001, 0.1, False, False))),
+        ("num_layers=2..8", ("num_layers", Range(2, 8, False, True))),
+        ("batch_size=8,16, 8", ("batch_size", Choice(("8", "16")))),
+        ("optimizer.name=sgd", ("optimizer.name", Choice(("sgd",)))),
+        ("data=../a,../b", ("data", Choice(("../a", "../b")))),
+    ],
+)
+def test_parameters_as_they_are_typed(word: str, expected: tuple[str, Choice | Range]):
+    assert parse_parameter(word) == expected
+
+
+@pytest.mark.parametrize("word", ["lr", "lr=", "=1", "lr=1e-2..1e-4", "lr=0..1:log", "lr=a..b", "lr=1..inf"])
+def test_parameters_that_are_none_are_refused(word: str):
+    with pytest.raises(ConfigError, match="--param"):
+        parse_parameter(word)
+
+
+def test_a_grid_has_every_combination_once():
+    found: list[tuple[dict[str, str], float | None]] = []
+    grid = {"a": Choice(("1", "2")), "b": Choice(("x", "y", "z"))}
+    while (values := propose(grid, "grid", 0, found)) is not None:
+        found.append((values, None))
+    assert len({tuple(values.values()) for values, _ in found}) == len(found) == grid_size(grid) == 6
+
+
+RANGES = {"lr": Range(1e-4, 1e-2, True, False), "n": Range(2, 5, False, True), "c": Choice(("a", "b"))}
+
+
+@pytest.mark.parametrize("method", ["random", "tpe"])
+def test_draws_stay_inside_and_depend_on_the_past_alone(method: space.Method):
+    if method == "tpe":
+        pytest.importorskip("optuna", reason="pip install 'accel_pretrain[sweep]'")
+    told: list[tuple[dict[str, str], float | None]] = []
+    for number in range(30):
+        values = propose(RANGES, method, 7, told)
+        assert values is not None
+        assert 1e-4 <= float(values["lr"]) <= 1e-2
+        assert values["n"] in ("2", "3", "4", "5")
+        assert values["c"] in ("a", "b")
+        told.append((values, None if number % 5 == 4 else float(values["lr"])))
+    assert propose(RANGES, method, 7, told[:12]) == told[12][0]
+    assert propose(RANGES, method, 8, told[:12]) != told[12][0]  # control
+    assert len({values["lr"] for values, _ in told}) > 20
+    assert {values["n"] for values, _ in told} == {"2", "3", "4", "5"}
+    decades = [float(values["lr"]) < 1e-3 for values, _ in told[:10]]
+    assert any(decades)
+    if method == "tpe":  # it goes where the loss, here the rate itself, was low; chance does not
+        late = [float(values["lr"]) for values, _ in told[15:]]
+        chance = [float(propose(RANGES, "random", 7, told[:number])["lr"]) for number in range(15, 30)]  # type: ignore[index]
+        assert sorted(late)[7] < sorted(chance)[7]
+
+
+# ----------------------------------------------------------------------------------------------------------- real runs
+
+WORDS = [*TINY, "--max_iters", "2"]
+
+
+def swept(dataset: Path, folder: Path, *more: str) -> list[str]:
+    return ["--train_data_path", str(dataset), "--checkpoint_dir", str(folder), *WORDS, *more]
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()]
+
+
+def test_trials_are_runs_and_a_failed_one_is_a_row(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """33 is no multiple of two heads. The same command again has nothing left to do; with other words it is refused."""
+    words = swept(dataset, tmp_path, "--param", "d_model=32,33")
+    assert sweep.main(words) == 0
+    out = capsys.readouterr().out
+    question, *trials = rows_of(tmp_path)
+    assert question["parameters"] == {"model.d_model": {"values": ["32", "33"]}}
+    assert [(row["trial"], row["state"]) for row in trials] == [(0, "running"), (0, "finished"), (1, "running"), (1, "failed")]
+    assert "model" in trials[3]["reason"]
+    assert "(exit code 2)" in trials[3]["reason"]
+    last = json.loads((tmp_path / "trial_000" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (trials[1]["val_loss"], trials[1]["standard_error"]) == (
+        last["final/val_loss"],
+        last["eval/val_loss_standard_error"],
+    )
+    shown = f"{trials[1]['val_loss']:.4f} ± {trials[1]['standard_error']:.4f}"
+    assert out.index(shown) < out.index("val loss") < out.rindex(shown) < out.rindex("trial_001")
+    [best] = [line for line in out.splitlines() if line.startswith("Best: python -m accel_pretrain.train ")]
+    assert " --model.d_model 32 --checkpoint_dir DIR" in best
+    before = (tmp_path / "sweep.jsonl").read_bytes()
+    assert sweep.main(words) == 0
+    assert capsys.readouterr().out.count("trial_000") == 1  # in the table
+    assert (tmp_path / "sweep.jsonl").read_bytes() == before
+    assert "is of another sweep (its words differ)" in refused(sweep.main, capsys, *words, "--lr", "1e-4")
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_cut_off_goes_on_with_the_trial_in_progress(dataset: Path, tmp_path: Path):
+    """And a trial that is stopped in the middle ends in the same loss as one that is not."""
+    words = swept(dataset, tmp_path / "sweep", "--param", "lr=1e-3..1e-2:log", "--trials", "2", "--checkpoint_interval", "20")
+    words += ["--max_iters", "150"]
+    command = launch(words, module="accel_pretrain.sweep")
+    metrics = tmp_path / "sweep" / "trial_000" / "metrics.jsonl"
+    process = subprocess.Popen(command, env=environment(), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 40):
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+        process.communicate()
+    assert [row.get("state") for row in rows_of(tmp_path / "sweep")] == [None, "running"]
+    assert len(losses(tmp_path / "sweep" / "trial_000")) < 150
+    done = subprocess.run(command, env=environment(), cwd=REPO, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    states = [(row.get("trial"), row.get("state")) for row in rows_of(tmp_path / "sweep")[2:]]
+    assert states == [(0, "finished"), (1, "running"), (1, "finished")]
+    rate = rows_of(tmp_path / "sweep")[1]["parameters"]["optimizer.lr"]
+    alone = [*swept(dataset, tmp_path / "alone"), "--max_iters", "150", "--checkpoint_interval", "20", "--lr", rate]
+    subprocess.run(launch(alone), env=environment(), cwd=REPO, capture_output=True, timeout=240, check=True)
+    assert losses(tmp_path / "alone") == losses(tmp_path / "sweep" / "trial_000")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "nothing to vary; type --param"),
+        (["--param", "lrr=1,2"], "there is no such key; did you mean"),
+        (["--param", "lr=1e-3,high"], "optimizer.lr: expected a number"),
+        (["--param", "lr=1..2", "--method", "grid"], "a grid needs lists"),
+        (["--param", "lr=1,2", "--trials", "0"], "sweep.trials: must be at least 1"),
+        (["--param", "checkpoint_dir=a,b"], "is where the trials are"),
+    ],
+)
+def test_what_every_trial_would_trip_over_is_refused(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+):
+    assert expected in refused(sweep.main, capsys, *swept(dataset, tmp_path / "no"), *words)
+    assert not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- wandb agent
+
+
+def as_an_agent_does(monkeypatch: pytest.MonkeyPatch, folder: Path, values: dict[str, Any]) -> None:
+    """Set what a ``wandb agent`` sets; the file as wandb itself writes it."""
+    config_util = pytest.importorskip("wandb.sdk.lib.config_util", reason="pip install 'accel_pretrain[track]'")
+    path = folder / "wandb" / "sweep-s1" / "config-r1.yaml"
+    config_util.save_config_file_from_dict(str(path), {key: {"value": value} for key, value in values.items()})
+    for name, value in (("SWEEP_ID", "s1"), ("RUN_ID", "r1"), ("SWEEP_PARAM_PATH", str(path))):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+
+
+def test_the_values_of_an_agent_reach_the_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    assert wishes() == []
+    values = {"optimizer.lr": 0.00125, "batch_size": 8, "model": {"dropout": 0.1}, "optimizer.fused": None, "compile": False}
+    del values["optimizer.fused"]
+    as_an_agent_does(monkeypatch, tmp_path, values)
+    config = own_directory(load(RunConfig, None, wishes()))
+    assert (config.optimizer.lr, config.training.batch_size, config.model.dropout) == (0.00125, 8, 0.1)
+    assert (config.training.compile, config.logging.use_wandb) == (False, True)
+    assert config.checkpoint.checkpoint_dir == Path("checkpoints/r1")
+    as_an_agent_does(monkeypatch, tmp_path, {"optimizer.lrr": 1})
+    with pytest.raises(
+        ConfigError, match=r"the wandb sweep s1: optimizer.lrr: there is no such key; did you mean optimizer.lr"
+    ):
+        wishes()
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", "gone.yaml")
+    with pytest.raises(ConfigError, match=r"gone.yaml does not exist; start the agent in this folder"):
+        wishes()
+
+
+def test_the_shipped_sweep_names_keys_and_a_metric_that_exist():
+    document = yaml.safe_load((REPO / "configs" / "sweep.yaml").read_text())
+    keys = Keys(RunConfig)
+    for name, about in document["parameters"].items():
+        for value in about.get("values", [about.get("min"), about.get("max")]):
+            assert isinstance(keys.find(name, str(value)), Leaf)
+    assert document["metric"]["name"] == "eval/val_loss"
+    file = document["command"][document["command"].index("--config") + 1]
+    assert load(RunConfig, REPO / file).evaluation.eval_interval <= int(document["command"][-2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes_args", [True, False])
+def test_a_trial_that_an_agent_starts_uses_its_values(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes_args: bool
+):
+    """With ``${args}`` in the sweep's command, and without; by wandb offline, whose own record has them too."""
+    as_an_agent_does(monkeypatch, tmp_path, {"optimizer.lr": 0.00125})
+    home = {f"WANDB_{name}_DIR": str(tmp_path / "home") for name in ("CONFIG", "CACHE", "DATA")}
+    words = [*swept(dataset, tmp_path / "runs"), *(["--optimizer.lr=0.00125"] if passes_args else [])]
+    done = subprocess.run(
+        launch(words), env=environment(WANDB_MODE="offline", **home), cwd=tmp_path, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "r1"
+    assert load(RunConfig, run / "config.yaml").optimizer.lr == 0.00125
+    [record] = run.glob("wandb/offline-run-*-r1")
+    assert record.is_dir()
+
+
+@pytest.mark.slow
+def test_a_function_of_an_agent_may_train(dataset: Path, tmp_path: Path):
+    """``wandb.agent(function=...)`` calls it in a thread, where no signal handler can be set."""
+    words = [*swept(dataset, tmp_path / "run")]
+    program = (
+        "import sys, threading; from accel_pretrain.train import main\n"
+        f"thread = threading.Thread(target=lambda: codes.append(main({words!r}))); codes = []\n"
+        "thread.start(); thread.join(); sys.exit(codes[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), cwd=REPO, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
