@@ -107,6 +107,7 @@ def test_a_restart_gives_the_same_bits(run_train: Train, tmp_path: Path) -> None
     assert losses(tmp_path / "control")[1:] != losses(tmp_path / "whole")[1:]
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_the_curve_of_one(
     run_train: Train, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
