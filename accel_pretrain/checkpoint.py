@@ -1,6 +1,6 @@
 """What is in a checkpoint, and how a run, or whoever only wants the model, gets it out again.
 
-A run directory holds ``checkpoint_00005000/`` folders and two text pointers, ``latest`` and ``best``. In a folder are the
+A run directory holds ``checkpoint_00005000/`` folders and text pointers: ``latest``, ``best``, ``stable``. In a folder are the
 model and optimizer, as Accelerate's ``save_state`` writes and ``load_state`` reads them, and everything else that a run needs,
 as JSON. :mod:`accel_pretrain.publish` makes them; :mod:`accel_pretrain.commit` decides whether one is whole, and finds it.
 Nothing that is loaded can execute code.
@@ -47,7 +47,7 @@ class CheckpointConfig:
     checkpoint_interval: int = option(5000, "updates between checkpoints", aliases=("save_interval",))
     every_minutes: float | None = option(None, "minutes between checkpoints, besides checkpoint_interval; null: that alone")
     asynchronous: bool = option(False, "copy the state while the next update computes, and write it in the background")
-    keep_last: int | None = option(3, "how many of the newest to keep (the best and the pinned are kept besides); null: all")
+    keep_last: int | None = option(3, "how many of the newest to keep (best, stable and pinned are kept besides); null: all")
     pin_interval: int | None = option(None, "keep every checkpoint whose update is a multiple of this, for good")
     save_best: bool = option(True, "publish a checkpoint whenever the validation loss is the lowest so far")
     resume_from: str | None = option(
@@ -75,6 +75,9 @@ class TrainState:
     tokens: int = 0
     best_val_loss: float | None = None
     owes_evaluation: bool = False  # one was abandoned to save and leave
+    warmup_iters: int | None = None  # of the plan in force when this was saved; null in checkpoints of version 0.1.0
+    max_iters: int | None = None  # likewise
+    batch_warmup_from: int | None = None  # likewise
     health: Health = field(default_factory=Health)
 
 
@@ -89,12 +92,18 @@ def read_state(checkpoint: Path) -> TrainState:
             step=int(document["step"]), samples=int(document["samples"]), tokens=int(document["tokens"]),
             best_val_loss=None if document["best_val_loss"] is None else float(document["best_val_loss"]),
             owes_evaluation=document.get("owes_evaluation") is True, health=Health.parse(document.get("health")),
+            warmup_iters=_count(document.get("warmup_iters")), max_iters=_count(document.get("max_iters")),
+            batch_warmup_from=_count(document.get("batch_warmup_from")),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{checkpoint / STATE} is not as a run writes it ({error})") from None
     if min(state.step, state.samples, state.tokens) < 0:
         raise CheckpointError(f"{checkpoint / STATE} counts below zero")
     return state
+
+
+def _count(value: Any) -> int | None:
+    return None if value is None else max(0, int(value))
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
@@ -230,6 +239,7 @@ def read_model(checkpoint: Path) -> Transformer:
     except _DOES_NOT_LOAD as error:
         raise CheckpointError(f"{checkpoint / WEIGHTS} does not fit its {MODEL}: {str(error).splitlines()[0][:300]}") from None
     model.make_tables()
+    model.document_id = _count(read_facts(checkpoint).get("document_id"))
     return model.eval()
 
 

@@ -6,7 +6,7 @@ Publishing is a protocol, and a crash between any two of its steps leaves the ol
 2. :func:`hash_files` flushes every file to the disk and hashes it;
 3. :func:`seal` compares what is there with what was announced, and writes ``manifest.json``, last;
 4. :func:`commit` renames the folder. **This is the moment from which the checkpoint exists**;
-5. :func:`point` lets ``best`` and ``latest`` name it, and only then :func:`prune` removes old ones.
+5. :func:`point` lets ``best``, ``stable`` and ``latest`` name it, and only then :func:`prune` removes old ones.
 
 A folder without a manifest that verifies is not a checkpoint. Whoever holds the run directory clears away what was interrupted
 (:func:`sweep`), moves damaged checkpoints to ``quarantine/`` (:func:`find_newest`), and sets the future aside when it goes back
@@ -116,12 +116,12 @@ def commit(temporary: Path, final: Path) -> None:
 
 
 def point(pointer: Path, name: str) -> None:
-    """Let ``latest`` or ``best`` name a checkpoint."""
+    """Let ``latest``, ``best`` or ``stable`` name a checkpoint."""
     write_whole(pointer, f"{name}\n".encode())
 
 
 def read_pointer(pointer: Path) -> str | None:
-    """The name in ``latest`` or ``best``; None where there is none or it is not a checkpoint's."""
+    """The name in ``latest``, ``best`` or ``stable``; None where there is none or it is not a checkpoint's."""
     try:
         with pointer.open(encoding="utf-8") as file:
             name = file.read(100).strip()
@@ -139,7 +139,7 @@ def pinned(run_dir: Path) -> set[str]:
 
 
 def prune(run_dir: Path, keep_last: int | None, protected: Collection[str] = ()) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints, the best, the pinned, and those named in ``protected``.
+    """Remove all but the newest ``keep_last`` checkpoints, the best, the stable, the pinned, and those in ``protected``.
 
     A folder that is visibly no checkpoint (names, sizes) does not count, and is left to :func:`find_newest`. Nothing is removed
     unless the newest one is whole. What cannot be removed costs a warning.
@@ -149,7 +149,7 @@ def prune(run_dir: Path, keep_last: int | None, protected: Collection[str] = ())
     existing = checkpoints(run_dir)
     if not existing or problem_with(existing[0], hashes=False) is not None:
         return
-    keep = {*protected, *pinned(run_dir), read_pointer(run_dir / "best")}
+    keep = {*protected, *pinned(run_dir), *(read_pointer(run_dir / pointer) for pointer in ("best", "stable"))}
     for path in [path for path in existing if problem_with(path, hashes=False) is None][keep_last:]:
         if path.name not in keep:
             try:
@@ -327,9 +327,9 @@ def sweep(run_dir: Path) -> None:
 def _mend_pointers(run_dir: Path) -> None:
     """Let ``latest`` name the newest checkpoint and ``best`` the best, also where a death came before they were written."""
     newest, best = next((path.name for path in checkpoints(run_dir)), None), read_pointer(run_dir / "best")
-    wanted = {"latest": newest, "best": _best_name(run_dir, best) or (best if best and (run_dir / best).is_dir() else None)}
+    wanted = {"latest": newest, "best": _best_name(run_dir, best) or best, "stable": read_pointer(run_dir / "stable")}
     for pointer, name in ((run_dir / key, name) for key, name in wanted.items()):
-        if name is None:
+        if name is None or not (run_dir / name).is_dir():
             pointer.unlink(missing_ok=True)
         elif read_pointer(pointer) != name:
             point(pointer, name)

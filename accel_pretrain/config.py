@@ -6,7 +6,6 @@ Nothing ever assigns to a config. What is only known once the data and the proce
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +13,9 @@ import torch
 from accel_pretrain import __version__
 from accel_pretrain.aids import ONE_BATCH_UPDATES, DebugConfig
 from accel_pretrain.aids import problems as debug_problems
+from accel_pretrain.batch_warmup import BatchWarmup
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState
-from accel_pretrain.data import DataConfig, Windows
+from accel_pretrain.data import DataConfig, Windows, turns_of
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.mixture import open_data, paths_of
 from accel_pretrain.models import ModelConfig, Transformer
@@ -57,7 +57,10 @@ def open_splits(config: DataConfig) -> Splits:
     """Open training and validation data; raises DataError, or ConfigError when no path was given."""
     if config.train_data_path is None:
         raise ConfigError("data.train_data_path: not given; type --train_data_path DIR (a folder made by prep.tokenize)")
-    train = open_data(config.train_data_path, "train", config.dtype, mixed=True)
+    train = open_data(
+        config.train_data_path, "train", config.dtype, mixed=True, end=config.mixture_end,
+        end_tokens=config.mixture_end_tokens or 0,
+    )  # fmt: skip
     val_path = config.val_data_path
     if val_path is None:
         val_path = config.train_data_path
@@ -78,7 +81,7 @@ def told(config: RunConfig, splits: Splits, precision: str) -> dict[str, object]
         key: value for key, value in flat(config).items() if not key.startswith(("data.", "logging.")) and key not in own
     }
     return settings | {
-        "data.sampling": config.data.sampling,
+        **{f"data.{key}": getattr(config.data, key) for key in ("sampling", "packing", "intra_document_masking")},
         "the tokens of data.train_data_path": splits.train.fingerprint,
         "the tokens of data.val_data_path": splits.val.fingerprint,
         "the precision": precision,
@@ -106,14 +109,45 @@ class Plan:
     samples_per_epoch: int
     epochs: float
     eval_windows: int | None
+    last_stable: int | None = None
+    batch_warmup_from: int | None = None
+    batch_warmup_samples: int = 0
+    document_id: int | None = None
     mixture: tuple[str, ...] = ()
+
+    @property
+    def batch_warmup(self) -> BatchWarmup | None:
+        """How updates grow at the beginning; None where all are alike."""
+        if self.batch_warmup_from is None:
+            return None
+        return BatchWarmup(self.batch_warmup_from, self.samples_per_step, self.batch_warmup_samples)
+
+    @property
+    def samples(self) -> int:
+        """What a run of ``max_iters`` such updates reads."""
+        warmup = self.batch_warmup
+        return warmup.consumed_after(self.max_iters) if warmup else self.max_iters * self.samples_per_step
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * (self.tokens_per_step // self.samples_per_step)
+
+    def samples_of(self, consumed: int) -> int:
+        """Sequences of the update that begins when so many samples were consumed: ``samples_per_step``, or fewer at first."""
+        warmup = self.batch_warmup
+        return self.samples_per_step if warmup is None else warmup.size(consumed)
+
+    def begin_of(self, step: int, done: TrainState) -> int:
+        """How many samples were consumed when update ``step`` began, seen from ``done``: the next update, or one before."""
+        begin, warmup = done.samples + (step - 1 - done.step) * self.samples_per_step, self.batch_warmup
+        return begin if warmup is None or begin >= min(warmup.over, done.samples) else warmup.consumed_after(step - 1)
 
     def describe(self) -> str:
         """A table for people."""
         lines = [
             f"{key:<20} {value:,}" if isinstance(value, int) else f"{key:<20} {value}"
             for key, value in dataclasses.asdict(self).items()
-            if key != "mixture"
+            if key != "mixture" and (self.batch_warmup_from is not None or not key.startswith("batch_warmup"))
         ]
         return "\n".join([*lines, *(f"mixture              {part}" for part in self.mixture)])
 
@@ -128,14 +162,18 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
     accumulation = _accumulation(training, world_size, problems)
     samples_per_step = training.batch_size * world_size * accumulation
     vocab_size = _vocab_size(model, splits, problems)
-    windows = Windows(splits.train, model.context_length)
+    windows = Windows(splits.train, model.context_length, config.data.packing)
     Windows(splits.val, model.context_length)  # refuses a split that is smaller than one window
-    max_iters = _max_iters(training, samples_per_step, model.context_length, windows.count, done or TrainState())
+    done = done or TrainState()
+    warmup = _batch_warmup(config, samples_per_step, world_size, done, problems)
+    max_iters = _max_iters(training, warmup, model.context_length, windows.count, done)
     if config.debug.overfit_one_batch and not any((training.max_iters, training.max_tokens, training.epochs)):
         max_iters = ONE_BATCH_UPDATES
-    problems += debug_problems(config.debug, max_iters - (done or TrainState()).step, training.on_spike)
+    samples = warmup.consumed_after(max_iters)
+    problems += debug_problems(config.debug, max_iters - done.step, training.on_spike)
     problems += (f"schedule.{problem}" for problem in config.schedule.problems(config.optimizer.lr, max_iters))
     problems += _tokenizer_problems(config, splits)
+    document_id = _document_id(config, splits, problems)
     if problems:
         raise ConfigError(problems)
     with torch.device("meta"):
@@ -155,9 +193,13 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
         train_tokens=splits.train.tokens,
         val_tokens=splits.val.tokens,
         samples_per_epoch=windows.count,
-        epochs=round(max_iters * samples_per_step / windows.count, 3),
+        epochs=round(samples / windows.count, 3),
         eval_windows=None if evaluation.eval_iters is None else evaluation.eval_iters * evaluation.eval_batch_size,
-        mixture=tuple(_mixture(splits.train, model.context_length, max_iters * samples_per_step)),
+        last_stable=config.schedule.last_stable(max_iters),
+        batch_warmup_from=warmup.first if warmup.over else None,
+        batch_warmup_samples=warmup.over,
+        document_id=document_id,
+        mixture=tuple(_mixture(splits.train, config, samples)),
     )
 
 
@@ -204,14 +246,32 @@ def _vocab_size(model: ModelConfig, splits: Splits, problems: list[str]) -> int:
     return vocab_size or largest + 1
 
 
-def _max_iters(training: TrainingConfig, samples_per_step: int, context_length: int, windows: int, done: TrainState) -> int:
+def _batch_warmup(config: RunConfig, full: int, world_size: int, done: TrainState, problems: list[str]) -> BatchWarmup:
+    """How the updates grow; over no samples where they do not, or no more."""
+    training, one = config.training, config.training.batch_size * world_size
+    if training.batch_warmup_tokens is None or config.debug.overfit_one_batch:
+        return BatchWarmup(full, full, 0)
+    over = -(-training.batch_warmup_tokens // config.model.context_length)
+    first = training.batch_warmup_from or one
+    fits = first % one == 0 and full % first == 0
+    if not fits and done.samples < over:
+        sizes = [size for size in range(1, first + 1) if first % (size * world_size) == 0]
+        problems.append(
+            f"training.batch_warmup_from: {first} sequences must be a multiple of batch_size {training.batch_size} x "
+            f"{world_size} processes = {one}, and a divisor of the {full} of a whole update; try --batch_warmup_from {one}"
+            + (f", or --batch_size {sizes[-1]}" if first % one and sizes else "")
+        )
+    return BatchWarmup(first, full, over) if fits and first < full else BatchWarmup(full, full, 0)
+
+
+def _max_iters(training: TrainingConfig, warmup: BatchWarmup, context_length: int, windows: int, done: TrainState) -> int:
     if training.max_tokens is not None:
         left = (training.max_tokens - done.tokens) / context_length
     elif training.epochs is not None:
         left = training.epochs * windows - done.samples
     else:
         return training.max_iters or 100_000
-    return done.step + max(0, math.ceil(round(left / samples_per_step, 6)))
+    return done.step + warmup.updates_until(done.samples + left, done.samples)
 
 
 def _tokenizer_problems(config: RunConfig, splits: Splits) -> list[str]:
@@ -223,11 +283,24 @@ def _tokenizer_problems(config: RunConfig, splits: Splits) -> list[str]:
     return []
 
 
-def _mixture(train: TokenSplit, context_length: int, samples: int) -> list[str]:
+def _document_id(config: RunConfig, splits: Splits, problems: list[str]) -> int | None:
+    """The id with which a document begins, where tokens are to see only their own."""
+    if not config.data.intra_document_masking:
+        return None
+    if splits.train.tokenizer is None:
+        problems.append(
+            "data.intra_document_masking: a bare file of ids does not say which ends a text; make a dataset with prep.tokenize"
+        )
+        return None
+    return int(splits.train.tokenizer["eot_id"])
+
+
+def _mixture(train: TokenSplit, config: RunConfig, samples: int) -> list[str]:
     """For each dataset of a mixture its share of the samples, and how often a run of so many ``samples`` reads it."""
-    total = sum(train.weights)
-    lines = []
-    for part, weight in zip(train.parts, train.weights, strict=True):
-        passes = samples * weight / total / Windows(part, context_length).count
-        lines.append(f"{weight / total:.2%} {part.source}: {part.tokens:,} tokens, read {passes:.2f} times")
+    turns, lines = turns_of(train, config.model.context_length), []
+    shares = [[weight / sum(weights) for weight in weights] for weights in (train.weights, train.end_weights or train.weights)]
+    for part, first, last, count in zip(train.parts, *shares, turns.counts(samples) if turns else (), strict=True):
+        passes = count / Windows(part, config.model.context_length, config.data.packing).count
+        share = f"{first:.2%}" + (f" to {last:.2%}" if train.end_weights else "")
+        lines.append(f"{share} {part.source}: {part.tokens:,} tokens, read {passes:.2f} times")
     return lines

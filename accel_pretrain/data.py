@@ -17,14 +17,18 @@ from typing import Literal
 import numpy as np
 import torch
 
+from accel_pretrain.batch_warmup import BatchWarmup
+from accel_pretrain.curriculum import MovingTurns
 from accel_pretrain.errors import DataError, refuse
 from accel_pretrain.mixture import Turns, mixture_problems
+from accel_pretrain.packing import packed_begins
 from accel_pretrain.permutation import Permutation, key_of, uniform
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.typed_yaml import option
 
 _READ_AHEAD_BYTES = 1 << 20
 _FEW_FILES = 8
+Packing = Literal["windows", "bos"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +44,35 @@ class DataConfig:
     sampling: Literal["shuffle", "random"] = option(
         "shuffle", "shuffle: every window once per epoch, in a new order; random: windows drawn with replacement"
     )
+    mixture_end: tuple[float, ...] | None = option(
+        None, "the weights to which those of train_data_path move in a straight line, in its order; null: they stay"
+    )
+    mixture_end_tokens: int | None = option(None, "over how many tokens they move; then they stay")
     dtype: Literal["uint16", "uint32"] | None = option(None, "of a bare file; null: the dataset's, or uint16")
+    packing: Literal["windows", "bos"] = option(
+        "windows", "windows: cut anywhere, every token once per epoch; bos: a window begins where a document does"
+    )
+    intra_document_masking: bool = option(
+        False, "tokens see only their own document, in training and evaluation, and positions begin again with each"
+    )
 
     def __post_init__(self) -> None:
         for key, given, weighted in (("train", self.train_data_path, True), ("val", self.val_data_path, False)):
             if isinstance(given, tuple):
                 refuse(*((True, f"{key}_data_path: {problem}") for problem in mixture_problems(given, weighted=weighted)))
+        end, count = self.mixture_end, len(self.train_data_path) if isinstance(self.train_data_path, tuple) else 1
+        refuse(
+            (
+                end is not None and len(end) != count,
+                f"mixture_end: {len(end or ())} weights for {count} datasets of train_data_path",
+            ),
+            (
+                end is not None and not (min(end, default=0) >= 0 and sum(end) > 0),
+                "mixture_end: weights are at least 0, and one more",
+            ),
+            ((end is None) != (self.mixture_end_tokens is None), "mixture_end and mixture_end_tokens: give both, or neither"),
+            ((self.mixture_end_tokens or 1) < 1, f"mixture_end_tokens: must be at least 1, got {self.mixture_end_tokens}"),
+        )
 
 
 @dataclass(frozen=True)
@@ -77,9 +104,10 @@ class Windows:
     Windows do not cross files. Within a file of n ids, window w begins at ``min(phase + w * T, n - 1 - T)``: the phase, below
     T, moves all cuts, and the last window is moved back to fit, so that every epoch has the same number of windows.
     A *start* is where a window begins, counted through all files over the beginnings that have T ids behind them.
+    With the ``packing`` "bos", windows begin where documents do, whatever the phase: see :mod:`accel_pretrain.packing`.
     """
 
-    def __init__(self, split: TokenSplit, context_length: int) -> None:
+    def __init__(self, split: TokenSplit, context_length: int, packing: Packing = "windows") -> None:
         self.context_length = context_length
         files = [file for file in split.files if file.size > context_length]
         if not files:
@@ -93,9 +121,36 @@ class Windows:
         self._start_ends = np.cumsum([view.shape[0] for view in self._views])
         self.count = int(self._window_ends[-1])
         self.starts = int(self._start_ends[-1])
+        self._begins = self._packed(split) if packing == "bos" else None
+        if self._begins is not None:
+            self.count = self._begins.size
+
+    def _packed(self, split: TokenSplit) -> np.ndarray:
+        """The starts of all windows that begin with a document; DataError where nobody knows where documents end."""
+        if split.document_ends is None:
+            raise DataError(
+                f"{split.source}: it is not known where its documents end, which data.packing bos goes by; "
+                "write it with prep.tokenize, or type --packing windows"
+            )
+        known = [
+            (file.size, ends)
+            for file, ends in zip(split.files, split.document_ends, strict=True)
+            if file.size > self.context_length
+        ]
+        firsts = [0, *self._start_ends[:-1].tolist()]
+        parts = [packed_begins(size, ends, self.context_length) + at for (size, ends), at in zip(known, firsts, strict=True)]
+        return np.concatenate(parts)
+
+    def draw(self, key: int, numbers: np.ndarray) -> np.ndarray:
+        """The starts of windows drawn with replacement."""
+        if self._begins is None:
+            return uniform(key, numbers, self.starts)
+        return self._begins[uniform(key, numbers, self.count)]
 
     def starts_of(self, windows: np.ndarray, phases: np.ndarray | int = 0) -> np.ndarray:
         """Where each of N windows begins when cut at its phase."""
+        if self._begins is not None:
+            return self._begins[windows]
         files = np.searchsorted(self._window_ends, windows, side="right")
         first_window = np.concatenate(([0], self._window_ends))[files]
         first_start = np.concatenate(([0], self._start_ends))[files]
@@ -128,7 +183,7 @@ class _Order:
     def starts(self, numbers: np.ndarray) -> np.ndarray:
         """The starts of samples in ascending order of their numbers."""
         if self.sampling == "random":
-            return uniform(key_of(self.seed), numbers, self.windows.starts)
+            return self.windows.draw(key_of(self.seed), numbers)
         epochs, ranks = np.divmod(numbers, self.windows.count)
         windows, phases = np.empty_like(numbers), np.empty_like(numbers)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
@@ -149,6 +204,13 @@ def numbers_of(positions: np.ndarray, left_out: Sequence[Sequence[int]]) -> np.n
     return numbers
 
 
+def turns_of(split: TokenSplit, context_length: int) -> Turns | MovingTurns | None:
+    """Whose turn each sample of a mixture is; None for one dataset."""
+    if not split.end_weights:
+        return Turns(split.weights) if split.parts else None
+    return MovingTurns(split.weights, split.end_weights, -(-split.end_tokens // context_length))
+
+
 class TokenBatches:
     """The micro-batches of one process. Holds no position: every call says which samples it wants.
 
@@ -163,20 +225,23 @@ class TokenBatches:
         batch_size: int,
         seed: int,
         accumulation: int = 1,
+        warmup: BatchWarmup | None = None,
         sampling: Literal["shuffle", "random"] = "shuffle",
+        packing: Packing = "windows",
         world_size: int = 1,
         rank: int = 0,
     ) -> None:
-        self.windows = Windows(split, context_length)
+        self.windows = Windows(split, context_length, packing)
         self.sampling = sampling
         self.samples_per_epoch = self.windows.count
-        parts = [Windows(part, context_length) for part in split.parts] or [self.windows]
+        parts = [Windows(part, context_length, packing) for part in split.parts] or [self.windows]
         seeds = [seed, *(key_of(seed, part) for part in range(1, len(parts)))]  # the first is read as it would be alone
         self._parts = [_Order(windows, own, sampling) for windows, own in zip(parts, seeds, strict=True)]
         self._first_starts = np.cumsum([0, *(windows.starts for windows in parts)])
-        self._turns = Turns(split.weights) if split.parts else None
+        self._turns = turns_of(split, context_length)
         micro_steps, rows = np.arange(accumulation)[:, None], np.arange(batch_size)
         self._samples_per_step = accumulation * world_size * batch_size
+        self._warmup, self._per_micro_step = warmup, world_size * batch_size
         self._share = (micro_steps * world_size + rank) * batch_size + rows
         # Small updates are read several at a time, since a call of NumPy costs more than what it copies for one of them.
         ahead = _READ_AHEAD_BYTES // (8 * self._share.size * (context_length + 1))
@@ -195,7 +260,10 @@ class TokenBatches:
 
     def numbers(self, first_sample: int) -> np.ndarray:
         """Which samples :meth:`micro_batches` gives: their numbers, int64 (micro-steps, batch size)."""
-        return numbers_of(first_sample + self._share, self._left_out)
+        share = self._share
+        if self._warmup is not None:
+            share = share[: self._warmup.size(first_sample) // self._per_micro_step]
+        return numbers_of(first_sample + share, self._left_out)
 
     def micro_batches(self, first_sample: int) -> list[Batch]:
         """This process's micro-batches, in order, of the update that begins when ``first_sample`` samples were consumed."""
@@ -205,8 +273,14 @@ class TokenBatches:
         return self._ahead[update]
 
     def _read_updates(self, first_sample: int) -> list[list[Batch]]:
+        if self._warmup is not None and first_sample < self._warmup.over:
+            return [self._read(self.numbers(first_sample)[None])[0]]
         begins = first_sample + np.arange(self._updates_ahead) * self._samples_per_step
         numbers = numbers_of(begins[:, None, None] + self._share, self._left_out)
+        return self._read(numbers)
+
+    def _read(self, numbers: np.ndarray) -> list[list[Batch]]:
+        """The samples with these numbers: (updates, micro-steps, batch size)."""
         ids = torch.from_numpy(self.samples(numbers.ravel())).unflatten(0, numbers.shape)
         return [[Batch(ids_BS) for ids_BS in update] for update in ids]
 

@@ -38,14 +38,17 @@ class Hindsight:
     """Told of every update. Without a forecast it has nothing to say."""
 
     def __init__(self, forecast: Forecast | None = None) -> None:
-        self.forecast, self._updates, self._begin = forecast, 0, 0.0
+        self.forecast, self._updates, self._begin, self._tokens = forecast, 0, 0.0, 0
 
     @property
     def lines(self) -> tuple[str, ...]:
         return self.forecast.lines if self.forecast else ()
 
-    def after(self, step: int, watch: Stopwatch, device: torch.device) -> str | None:
-        """The comparison, after the 50th update of this start. The first update, which may compile, does not count."""
+    def after(self, step: int, watch: Stopwatch, device: torch.device, tokens: int | None = None) -> str | None:
+        """The comparison, after the 50th update of this start. The first update, which may compile, does not count.
+
+        ``tokens``: all of the run so far, where updates are not of one size.
+        """
         forecast = self.forecast
         if forecast is None or self._updates >= AFTER:
             return None
@@ -54,11 +57,11 @@ class Hindsight:
             torch.cuda.synchronize(device)
         now = time.perf_counter() - watch.paused_for
         if self._updates == 1:
-            self._begin = now
+            self._begin, self._tokens = now, tokens or 0
         if self._updates < AFTER:
             return None
-        seconds = max(now - self._begin, 1e-9) / (AFTER - 1)
-        return compared(forecast, forecast.tokens_per_step / seconds, step, device)
+        done = (AFTER - 1) * forecast.tokens_per_step if tokens is None else tokens - self._tokens
+        return compared(forecast, done / max(now - self._begin, 1e-9), step, device)
 
 
 def compared(forecast: Forecast, tokens_per_sec: float, step: int, device: torch.device) -> str:

@@ -96,7 +96,8 @@ class Inspector(Aid):
             self._row[f"{part}/update_ratio"] = self._row[name] / weight.clamp(min=torch.finfo(weight.dtype).tiny)
         values = torch.stack([value.float() for value in self._row.values()]).tolist()
         row = {name: float(f"{value:.5g}") for name, value in zip(self._row, values, strict=True)}
-        self._run.log.metrics(state.step + 1, state.tokens + self._run.plan.tokens_per_step, row)
+        tokens = self._run.plan.samples_of(state.samples) * self._run.config.model.context_length
+        self._run.log.metrics(state.step + 1, state.tokens + tokens, row)
 
     def _norms(self, tensors: dict[str, torch.Tensor], what: str, scale: float = 1.0) -> dict[str, torch.Tensor]:
         """A norm for each part, of tensors of which this process has a share, or the whole. Collective if sharded."""

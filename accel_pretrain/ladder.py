@@ -95,7 +95,7 @@ class Search:
     def start(self) -> Candidate:
         """The config as it is: compiled if the trainer would compile it here."""
         training, plan = self.config.training, self.plan
-        flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
+        flops = plan.flops_per_token * plan.tokens / plan.world_size
         compiled, _ = resolve_compile(training, flops, torch.device(self.kind))
         return Candidate(training.batch_size, compiled, training.activation_checkpointing, training.chunked_loss)
 

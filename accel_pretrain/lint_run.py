@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import replace
 
-from accel_pretrain.data import Windows
+from accel_pretrain.data import Windows, turns_of
 from accel_pretrain.estimates import memory
 from accel_pretrain.hardware import CONTEXT_BYTES, cores
 from accel_pretrain.launchers import is_restart
@@ -61,9 +61,10 @@ def data(o: Outlook) -> Findings:
 def mixture(o: Outlook) -> Findings:
     """The parts of a mixture: small ones come round soon."""
     assert o.splits is not None
-    train, samples, total = o.splits.train, o.plan.max_iters * o.plan.samples_per_step, sum(o.splits.train.weights)
-    for part, weight in zip(train.parts, train.weights, strict=True):
-        passes = samples * weight / total / Windows(part, o.config.model.context_length).count
+    train, total, turns = o.splits.train, o.plan.samples, turns_of(o.splits.train, o.config.model.context_length)
+    for part, weight in zip(train.parts, turns.counts(total) if turns else (), strict=True):
+        windows = Windows(part, o.config.model.context_length, o.config.data.packing)
+        passes = weight / windows.count
         if passes > FEW_PASSES and passes > 1.5 * (o.passes or 0):
             text = f"data.train_data_path: {part.source} would be read {passes:.1f} times"
             fair = max(weight / total * FEW_PASSES / passes, 0.0001)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from accel_pretrain.branching import longer
 from accel_pretrain.checkpoint import TrainState, write_model_description
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import PretrainError
@@ -32,18 +33,19 @@ _NOTHING = contextlib.nullcontext()
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did: global mean loss in nats per token and norm before clipping, still on the device, and its rate."""
+    """What one update did: global mean loss in nats per token and norm before clipping, still on the device; rate and size."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     lr: float
+    samples: int
 
 
 def fit(run: TrainingRun, state: TrainState) -> TrainState:
     """Train from ``state`` to the end of the plan, or to a wish to stop; evaluate, report and save on the way."""
     config, plan = run.config, run.plan
     wanted = False  # whether a checkpoint is due
-    run.watch.restart(state.step)
+    run.watch.restart(state.step, state.tokens)
     if state.owes_evaluation:
         make_up_for_evaluation(run, state)
     run.watchdog.enter("first update")
@@ -56,11 +58,11 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
             wanted = False
             continue
         state.step += 1
-        state.samples += plan.samples_per_step
-        state.tokens += plan.tokens_per_step
+        state.samples += update.samples
+        state.tokens += update.samples * config.model.context_length
         run.log.advance()
         run.watchdog.enter("update")
-        if line := run.hindsight.after(state.step, run.watch, run.accelerator.device):
+        if line := run.hindsight.after(state.step, run.watch, run.accelerator.device, state.tokens):
             run.log.line(line)
         if due(state.step, config.logging.log_interval):
             log_update(run, state, update)
@@ -73,6 +75,7 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
             if due(state.step, config.logging.sample_interval):
                 show_sample(run, state)
             wanted = wanted or best or due(state.step, config.checkpoint.checkpoint_interval) or run.stop.save_due
+            wanted = wanted or state.step == plan.last_stable
             if wanted and not amid_bad_updates(run, state, is_best=best):
                 save(run, state, is_best=best)
                 wanted = False
@@ -95,28 +98,30 @@ def train_step(run: TrainingRun, state: TrainState) -> Update | None:
     accelerator, plan, config = run.accelerator, run.plan, run.config
     lr = config.schedule.lr(state.step + 1, config.optimizer.lr, plan.max_iters)
     set_lr(run.optimizer, lr)
+    samples, micro_batches = plan.samples_of(state.samples), run.batches.micro_batches(state.samples)
+    weights_B = run.weights_B if samples == plan.samples_per_step else run.weights_B * (plan.samples_per_step / samples)
     nats: list[torch.Tensor] = []
-    for micro_step, cpu_batch in enumerate(run.batches.micro_batches(state.samples)):
-        if run.stop.drops_update(micro_step, plan.accumulation):
+    for micro_step, cpu_batch in enumerate(micro_batches):
+        if run.stop.drops_update(micro_step, len(micro_batches)):
             run.optimizer.zero_grad()
             return None
         run.watchdog.beat()
         batch = cpu_batch.to(accelerator.device)
         if config.model.dropout:
             seed_dropout(config.training.seed, state.step, micro_step * plan.world_size + accelerator.process_index)
-        exchange = plan.world_size == 1 or micro_step == plan.accumulation - 1
+        exchange = plan.world_size == 1 or micro_step == len(micro_batches) - 1
         with _NOTHING if exchange else withheld(accelerator, run.model):
             nats_B = run.model(batch.inputs_BT, batch.targets_BT)
-            accelerator.backward(nats_B, gradient=run.weights_B)
+            accelerator.backward(nats_B, gradient=weights_B)
         nats.append(nats_B.detach())
     run.aids.gradients()
     grad_norm = accelerator.clip_grad_norm_(run.parameters, config.training.grad_clip or float("inf"))
     assert grad_norm is not None  # as it would be under DeepSpeed
     grad_norm = whole(grad_norm)
-    loss = _sum_over_processes(run, torch.cat(nats).sum()) / plan.tokens_per_step
+    loss = _sum_over_processes(run, torch.cat(nats).sum()) / (samples * config.model.context_length)
     run.saver.wait_until_copied()  # a checkpoint may be in the making
     run.guard.step(accelerator, run.optimizer, state.health, state.step + 1, loss, grad_norm)
-    return Update(loss=loss, grad_norm=grad_norm, lr=lr)
+    return Update(loss=loss, grad_norm=grad_norm, lr=lr, samples=samples)
 
 
 def _sum_over_processes(run: TrainingRun, value: torch.Tensor) -> torch.Tensor:
@@ -133,7 +138,7 @@ def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
     run.guard.settle(state.health)
     loss, grad_norm, skipped = update.loss.item(), update.grad_norm.item(), state.health.skipped
     seconds = run.watch.seconds_per_step(state.step)
-    tokens_per_sec = run.plan.tokens_per_step / seconds
+    tokens_per_sec = run.watch.tokens_per_second(state.tokens)
     metrics = {
         "train/loss": loss,
         "train/learning_rate": update.lr,
@@ -157,7 +162,7 @@ def log_update(run: TrainingRun, state: TrainState, update: Update) -> None:
         line += f" | Skipped: {skipped}"
     run.log.line(line)
     run.log.metrics(state.step, state.tokens, metrics | run.system.read())
-    run.watch.restart(state.step)
+    run.watch.restart(state.step, state.tokens)
 
 
 def evaluate(run: TrainingRun, state: TrainState, prefix: str) -> bool:
@@ -256,12 +261,15 @@ def save(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:
 
     facts = {
         "world_size": run.plan.world_size, "tokens_per_step": run.plan.tokens_per_step,
+        "warmup_iters": run.plan.warmup_iters, "max_iters": run.plan.max_iters,
+        "batch_warmup_from": run.plan.batch_warmup_from, "document_id": run.plan.document_id,
         "data_fingerprint": run.splits.train.fingerprint, "precision": run.accelerator.mixed_precision,
         "tokenizer_fingerprint": (run.splits.train.tokenizer or {}).get("fingerprint"),
         "config_sha256": hashlib.sha256(to_yaml(run.config).encode()).hexdigest(),
     }  # fmt: skip
     run.watchdog.enter("save")
-    run.saver.save(state, facts=facts, write_extras=write_extras, is_best=is_best)
+    is_stable = state.step == run.plan.last_stable
+    run.saver.save(state, facts=facts, write_extras=write_extras, is_best=is_best, is_stable=is_stable)
     run.watchdog.enter("update")
 
 
@@ -281,13 +289,16 @@ def finish(run: TrainingRun, state: TrainState) -> None:
         run.log.line(f"Stopped after update {state.step} of {run.plan.max_iters}; {again} from here")
     elif state.step == run.saver.saved.step:
         run.log.line(
-            f"Nothing to do: {state.step} of {run.plan.max_iters} updates are done; more max_iters, tokens or epochs go on"
+            f"Nothing to do: {state.step} of {run.plan.max_iters} updates are done; "
+            + (longer(run) or "more max_iters, tokens or epochs go on")
         )
     else:
         best = evaluate(run, state, "final")
         if run.config.logging.sample_interval is not None:
             show_sample(run, state)
         _save_last(run, state, is_best=best)
+        if line := longer(run):
+            run.log.line(line[0].upper() + line[1:])
 
 
 def _save_last(run: TrainingRun, state: TrainState, *, is_best: bool = False) -> None:

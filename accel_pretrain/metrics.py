@@ -25,9 +25,13 @@ class Stopwatch:
         self.paused_for = 0.0  # seconds, in all
         self.restart(0)
 
-    def restart(self, step: int) -> None:
-        """Begin a new interval after ``step`` updates."""
-        self._step, self._begin = step, time.perf_counter()
+    def restart(self, step: int, tokens: int = 0) -> None:
+        """Begin a new interval after ``step`` updates, of so many tokens in all."""
+        self._step, self._tokens, self._begin = step, tokens, time.perf_counter()
+
+    def tokens_per_second(self, tokens: int) -> float:
+        """Since the interval began, when there have been so many in all."""
+        return (tokens - self._tokens) / max(time.perf_counter() - self._begin, 1e-9)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -83,8 +83,14 @@ def weights_by_size(tokens: Sequence[int]) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------------------------- as it is
 
 
-def open_data(given: Path | tuple[Path, ...], split: str, dtype: str | None = None, *, mixed: bool = False) -> TokenSplit:
-    """Open what a config names: one dataset, or several as one; ``mixed``: with the weights that are written or follow."""
+def open_data(
+    given: Path | tuple[Path, ...], split: str, dtype: str | None = None, *, mixed: bool = False,
+    end: Sequence[float] | None = None, end_tokens: int = 0,
+) -> TokenSplit:  # fmt: skip
+    """Open what a config names: one dataset, or several as one; ``mixed``: with the weights that are written or follow.
+
+    These move to those in ``end`` over the first ``end_tokens``.
+    """
     if isinstance(given, Path):
         if not given.exists() and re.search(r"@[\d.]+(,|$)", str(given)):
             raise ConfigError(f"data: {given} does not exist; several datasets with weights are written '[DIR@0.7, DIR@0.3]'")
@@ -96,10 +102,14 @@ def open_data(given: Path | tuple[Path, ...], split: str, dtype: str | None = No
     weights = [weight for _, weight in entries if weight is not None]
     if not mixed:
         return join(parts)
-    return join(parts, whole(weights) if weights else weights_by_size([part.tokens for part in parts]))
+    begin = whole(weights) if weights else weights_by_size([part.tokens for part in parts])
+    goal = whole([Fraction(str(weight)) for weight in end]) if end else ()
+    return join(parts, begin, goal, end_tokens if end else 0)
 
 
-def join(parts: Sequence[TokenSplit], weights: tuple[int, ...] = ()) -> TokenSplit:
+def join(
+    parts: Sequence[TokenSplit], weights: tuple[int, ...] = (), end_weights: tuple[int, ...] = (), end_tokens: int = 0
+) -> TokenSplit:
     """Several splits as one, whose files are those of all; with ``weights``, a mixture. One tokenizer, or DataError."""
     known = [part for part in parts if part.tokenizer]
     for part in known:
@@ -112,6 +122,8 @@ def join(parts: Sequence[TokenSplit], weights: tuple[int, ...] = ()) -> TokenSpl
     prints = [part.fingerprint for part in parts]
     if weights:
         prints = ["mixture", *(f"{weight} {own}" for weight, own in zip(weights, prints, strict=True))]
+    if end_weights:
+        prints.append(f"to {end_weights} over {end_tokens}")
     ends = [part.document_ends for part in parts]
     return TokenSplit(
         source=", ".join(part.source for part in parts),
@@ -125,6 +137,8 @@ def join(parts: Sequence[TokenSplit], weights: tuple[int, ...] = ()) -> TokenSpl
         tokenizer_path=known[0].tokenizer_path if known else None,
         parts=tuple(parts) if weights else (),
         weights=weights,
+        end_weights=end_weights,
+        end_tokens=end_tokens,
     )
 
 
@@ -152,6 +166,11 @@ class Turns:
         rounds, places = np.divmod(numbers, self.cycle.size)
         parts = self.cycle[places]
         return parts, rounds * self.weights[parts] + self._before[places]
+
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first ``samples`` each part gives."""
+        rounds, rest = divmod(samples, self.cycle.size)
+        return (rounds * self.weights + np.bincount(self.cycle[:rest], minlength=self.weights.size)).tolist()
 
 
 def cycle(weights: Sequence[int]) -> np.ndarray:

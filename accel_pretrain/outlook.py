@@ -56,7 +56,7 @@ class Outlook:
 
     @property
     def tokens(self) -> int:
-        return self.plan.max_iters * self.plan.tokens_per_step
+        return self.plan.tokens
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -101,7 +101,8 @@ class Outlook:
 
     @property
     def hours(self) -> float | None:
-        return None if self.pace is None else self.pace.seconds * self.plan.max_iters / 3600
+        """By the time of whole updates: smaller ones at the beginning take as much less."""
+        return None if self.pace is None else self.pace.seconds * (self.tokens / self.plan.tokens_per_step) / 3600
 
     @property
     def eval_windows(self) -> int | None:
@@ -170,7 +171,7 @@ def unknown_splits(config: RunConfig) -> Splits:
 def workload(config: RunConfig, plan: Plan, device: str) -> Workload:
     """What one process of a run has to carry. What a launcher may ask for is not known here."""
     moments = kept_per_weight(config.optimizer, config.model, plan.vocab_size)
-    flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
+    flops = plan.flops_per_token * plan.tokens / plan.world_size
     return Workload(
         model=config.model, vocab_size=plan.vocab_size, batch_size=plan.batch_size, accumulation=plan.accumulation,
         precision=precision_of(config, device), device="cpu" if device == "cpu" else "cuda",
@@ -213,6 +214,9 @@ def look_ahead(
     plan: Plan | None = None,
 ) -> Outlook:
     """The outlook on a run, without its pace. Raises :class:`ConfigError` with everything that does not fit together."""
+    if plan is None and splits is None:
+        nowhere = replace(config, data=replace(config.data, packing="windows", intra_document_masking=False))
+        plan = make_plan(nowhere, unknown_splits(config), world_size)
     plan = plan or make_plan(config, splits or unknown_splits(config), world_size)
     load = workload(config, plan, machine.device if machine else "cuda")
     return Outlook(

@@ -121,7 +121,7 @@ def shrunk(config: RunConfig, parameters: int) -> tuple[RunConfig, list[str]]:
         config, model=model, schedule=schedule,
         training=replace(
             config.training, batch_size=size, global_batch_size=2 * size, gradient_accumulation_steps=None,
-            max_iters=updates, max_tokens=None, epochs=None, compile=False,
+            max_iters=updates, max_tokens=None, epochs=None, compile=False, batch_warmup_tokens=None, batch_warmup_from=None,
         ),
         evaluation=replace(config.evaluation, eval_interval=HALF, eval_iters=1, eval_batch_size=2),
         checkpoint=replace(

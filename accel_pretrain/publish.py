@@ -73,6 +73,7 @@ def publish(
     facts: Mapping[str, Any],
     write_extras: Callable[[Path], None],
     is_best: bool = False,
+    is_stable: bool = False,
     keep_last: int | None = None,
     pin_interval: int | None = None,
     protected: Collection[str] = (),
@@ -88,8 +89,7 @@ def publish(
     and nothing that was there is lost.
     """
     peers, source = peers or Peers(accelerator), source or Live(accelerator)
-    final = run_dir / f"checkpoint_{state.step:08d}"
-    temporary = run_dir / f".tmp_{final.name}"
+    final, temporary = (run_dir / f"{kind}checkpoint_{state.step:08d}" for kind in ("", ".tmp_"))
     failure = (StorageError, f"{final} could not be saved")
     with peers.together(*failure):
         if bad := not_finite(source.weights):
@@ -119,12 +119,16 @@ def publish(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if peers.is_main:
-        milestones = [path.name for path in checkpoints(run_dir) if pin_interval and step_of(path) % pin_interval == 0]
-        _tidy(final, ("best", "latest") if is_best else ("latest",), keep_last, {*milestones, *protected})
+        pointers = [name for name, wanted in (("best", is_best), ("stable", is_stable), ("latest", True)) if wanted]
+        _tidy(final, pointers, keep_last, {*_milestones(run_dir, pin_interval), *protected})
     peers.gather(None)  # nobody reads the directory before it is as it stays
     if not peers.is_main:  # where the directory is not shared
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _milestones(run_dir: Path, every: int | None) -> list[str]:
+    return [path.name for path in checkpoints(run_dir) if every and step_of(path) % every == 0]
 
 
 def _tidy(final: Path, pointers: Collection[str], keep_last: int | None, protected: Collection[str]) -> None:

@@ -62,7 +62,7 @@ def went_back(run: TrainingRun, state: TrainState) -> bool:
     the ledger, ``state.health.left_out``, which is also written beside the checkpoints, for people. From there on the run is
     a function of (seed, position, ledger), as it was before of (seed, position).
     """
-    training, per_step = run.config.training, run.plan.samples_per_step
+    training, per_step = run.config.training, run.plan.samples_of(state.samples)
     step, end, before = state.step + 1, state.samples + per_step, state.health
     reason = run.guard.diverged or "; ".join(map(str, run.guard.spikes))
     if before.rollbacks >= training.max_rollbacks:
@@ -87,7 +87,7 @@ def went_back(run: TrainingRun, state: TrainState) -> bool:
     run.guard.calm()
     run.batches.leave_out(state.health.left_out)
     run.log.rewind(state.step)
-    run.watch.restart(state.step)
+    run.watch.restart(state.step, state.tokens)
     run.log.line(f"{reason}\nRolled back to {checkpoint.name}; samples {first:,} to {last:,} are left out from now on")
     run.log.metrics(state.step, state.tokens, {"rollback/from_step": step, "rollback/count": state.health.rollbacks})
     return True
@@ -149,7 +149,7 @@ def _computed_again(run: TrainingRun, state: TrainState, step: int) -> list[dict
     gradients are those of each process alone; of a sharded model, its share of those of all.
     """
     config, rank = run.config, run.accelerator.process_index
-    first_sample = state.samples + (step - 1 - state.step) * run.plan.samples_per_step
+    first_sample = run.plan.begin_of(step, state)
     losses: list[float] = []
     run.model.zero_grad(set_to_none=True)
     sharded = is_sharded(run.module)

@@ -74,13 +74,17 @@ class TrainingConfig:
         "log",
         "loss or gradient norm 6 standard deviations above the last 128: log | skip the update | rollback to a checkpoint",
     )
+    batch_warmup_tokens: int | None = option(
+        None, "let updates grow from batch_warmup_from sequences to all of them over so many tokens; null: all from the start"
+    )
+    batch_warmup_from: int | None = option(None, "sequences of the first update; null: those of one micro-step")
     rollback_updates: int = option(100, "a rollback leaves out the samples of so many updates, the last being the spike")
     max_rollbacks: int = option(3, "the next one ends the run")
 
     def __post_init__(self) -> None:
         amounts = (
             "batch_size", "gradient_accumulation_steps", "global_batch_size", "max_iters", "max_tokens", "cpu_threads",
-            "rollback_updates",
+            "rollback_updates", "batch_warmup_tokens", "batch_warmup_from",
         )  # fmt: skip
         both = self.gradient_accumulation_steps is not None and self.global_batch_size is not None
         ends = [name for name in ("max_iters", "max_tokens", "epochs") if getattr(self, name) is not None]
@@ -91,6 +95,10 @@ class TrainingConfig:
             ),
             (both, "global_batch_size: give it or gradient_accumulation_steps, not both: each follows from the other"),
             ((self.cpu_threads or 1) > 4096, f"cpu_threads: at most 4096, got {self.cpu_threads}"),
+            (
+                self.batch_warmup_from is not None and self.batch_warmup_tokens is None,
+                f"batch_warmup_from: {self.batch_warmup_from} has no meaning without batch_warmup_tokens, over which to grow",
+            ),
             (len(ends) > 1, f"{' and '.join(ends)}: give one of them, each says when to stop"),
             (self.epochs is not None and self.epochs <= 0, f"epochs: must be positive, got {self.epochs}"),
             (self.grad_clip is not None and self.grad_clip <= 0, f"grad_clip: must be positive or null, got {self.grad_clip}"),

@@ -73,8 +73,9 @@ class Saver:
         return self._peers.is_main and time.monotonic() - self._began >= wait
 
     def save(
-        self, state: TrainState, *, facts: Mapping[str, Any], write_extras: Callable[[Path], None], is_best: bool = False
-    ) -> None:
+        self, state: TrainState, *, facts: Mapping[str, Any], write_extras: Callable[[Path], None], is_best: bool = False,
+        is_stable: bool = False,
+    ) -> None:  # fmt: skip
         """Publish model, optimizer and ``state``: now, or soon. Raises :class:`StorageError` after three failures in a row.
 
         Amid updates that are not finite, nothing old is removed for it.
@@ -83,7 +84,8 @@ class Saver:
         self._began = time.monotonic()
         kept = copy.deepcopy(state)
         job = partial(
-            publish, self._accelerator, self._run_dir, kept, facts=facts, write_extras=write_extras, is_best=is_best,
+            publish, self._accelerator, self._run_dir, kept, facts=facts, write_extras=write_extras,
+            is_best=is_best, is_stable=is_stable,
             keep_last=None if state.health.in_a_row else self._config.keep_last, pin_interval=self._config.pin_interval,
             protected=[self._resumed], peers=self._peers,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Literal
 from accel_pretrain.errors import refuse
 from accel_pretrain.typed_yaml import option
 
-_WARMUP_DOC = "updates of linear warm-up; null: 2 % of max_iters"
+_WARMUP_DOC = "updates of linear warm-up; null: 2 % of max_iters, and what it was where a run goes on"
 _MIN_LR_DOC = "learning rate of the last update; null: lr / 10"
 _WARMUP_ALIASES = ("warmup_steps",)
 
@@ -40,6 +40,10 @@ class _Warmup:
 
     def after(self, step: int, warmup: int, peak: float, total: int) -> float:
         raise NotImplementedError
+
+    def last_stable(self, total: int) -> int | None:
+        """The update after which a cool-down begins, so that a longer run can branch off there; None where there is none."""
+        return None
 
     def problems(self, peak: float, total: int) -> list[str]:
         """What does not fit together, for the report: the keys are named below the section."""
@@ -105,6 +109,9 @@ class WarmupStableDecay(_Decay):
 
     def _decay(self, total: int) -> int:
         return total // 5 if self.decay_iters is None else self.decay_iters
+
+    def last_stable(self, total: int) -> int | None:
+        return total - self._decay(total) if 0 < self._decay(total) < total else None
 
     def after(self, step: int, warmup: int, peak: float, total: int) -> float:
         decay = self._decay(total)

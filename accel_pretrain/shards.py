@@ -164,7 +164,8 @@ class TokenSplit:
     """The ids of one split, memory-mapped: ``files`` are read-only arrays, one per shard; no document crosses two of them.
 
     ``document_ends`` has for each file where its documents end, in tokens. It, ``utf8_bytes`` and ``tokenizer`` are None where
-    that is not known. A mixture has ``parts``, whose files are its files, and a whole number as the weight of each.
+    that is not known. A mixture has ``parts``, whose files are its files, and a whole number as the weight of each, which
+    over the first ``end_tokens`` become ``end_weights`` if there are such.
     """
 
     source: str
@@ -178,6 +179,8 @@ class TokenSplit:
     tokenizer_path: Path | None = None
     parts: tuple[TokenSplit, ...] = ()
     weights: tuple[int, ...] = ()
+    end_weights: tuple[int, ...] = ()
+    end_tokens: int = 0
 
     @property
     def tokens(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from accel_pretrain import agent
+from accel_pretrain.branching import FIXED, as_begun, mark_stable, raised_again
 from accel_pretrain.checkpoint import (
     TrainState,
     read_facts,
@@ -166,6 +167,7 @@ def assemble(
     run_dir = config.checkpoint.checkpoint_dir
     checkpoint = prepare_run_directory(accelerator, config, plan, splits)
     if checkpoint is not None:
+        config = as_begun(config, read_state(checkpoint))
         plan = make_plan(config, splits, plan.world_size, read_state(checkpoint))
     seed_everything(config.training.seed)
     module = build_model(accelerator, config.model, plan.vocab_size)
@@ -174,16 +176,17 @@ def assemble(
         fill(module, module.initial_weights() if origin is None else weights_of(origin, module, splits))
     model, optimizer = prepare(accelerator, module, config.optimizer.build)
     state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
-    flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
+    flops = plan.flops_per_token * plan.tokens / plan.world_size
     wanted = replace(config.training, compile=False) if config.debug.detect_anomaly else config.training
     compiled, notice = resolve_compile(wanted, flops, accelerator.device)
     module.recompute(config.training.activation_checkpointing)
-    module.chunked_loss = config.training.chunked_loss
+    module.chunked_loss, module.document_id = config.training.chunked_loss, plan.document_id
     if compiled:
         module.compile_parts()
     with together(accelerator, PretrainError):
         log = RunLog(accelerator, run_dir, step=state.step, total=plan.max_iters)
         if accelerator.is_main_process:
+            mark_stable(run_dir, plan, checkpoint, state)
             where = describe_runtime(accelerator, config.training, config.parallel)
             record_start(run_dir, state.step, where, asdict(plan))
 
@@ -204,7 +207,8 @@ def assemble(
         log=log, saver=saver,
         batches=(OneBatch if config.debug.overfit_one_batch else TokenBatches)(
             splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
-            accumulation=plan.accumulation, sampling=config.data.sampling,
+            accumulation=plan.accumulation, warmup=plan.batch_warmup, sampling=config.data.sampling,
+            packing=config.data.packing,
             world_size=plan.world_size, rank=accelerator.process_index,
         ),
     )  # fmt: skip
@@ -280,15 +284,14 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     ``precision`` is the one in force, in Accelerate's words: where nobody has chosen one, it is another on another processor.
     """
     require_optimizer(checkpoint)
-    read_state(checkpoint)  # what does not count is refused before anything is moved for it
-    saved, now = flat(load(RunConfig, checkpoint / "config.yaml")), flat(config)
+    done = read_state(checkpoint)  # what does not count is refused before anything is moved for it
+    before, config = load(RunConfig, checkpoint / "config.yaml"), as_begun(config, done)
+    saved, now = flat(as_begun(before, done)), flat(config)
     changed = {key: (saved.get(key, "none"), now[key]) for key in now if saved.get(key) != now[key]}
-    fixed = ("optimizer.name", "data.sampling", "training.seed", "debug.overfit_one_batch")
-    fixed += ("optimizer.embedding_lr_scale", "optimizer.head_lr_scale", "optimizer.projection_rank")  # they make the groups
     problems = [
         f"{key}: {checkpoint.name} has {old}, this config says {new}"
         for key, (old, new) in changed.items()
-        if (key.startswith("model.") and key not in ("model.dropout", "model.vocab_size")) or key in fixed
+        if (key.startswith("model.") and key not in ("model.dropout", "model.vocab_size")) or key in FIXED
     ]
     facts = read_facts(checkpoint)
     if facts.get("data_fingerprint") != splits.train.fingerprint:
@@ -305,13 +308,16 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
             f"training.global_batch_size: {checkpoint.name} has {batch} sequences per update, this is {plan.samples_per_step};"
             f" type --global_batch_size {batch} for any number of processes, or --allow_batch_change true to change the curve"
         )
+    plan = make_plan(config, splits, plan.world_size, done)
+    if problem := raised_again(config, plan, before, checkpoint, done):
+        problems.append(problem)
     if problems:
         raise ConfigError([*problems, "to start afresh instead, type another --checkpoint_dir"])
     for key, (old, new) in changed.items():
         if not key.startswith(("logging.", "checkpoint.", "debug.")):
             print(f"changed since {checkpoint.name}: {key} {old} -> {new}")
-    if (before := facts.get("precision", precision)) != precision and "training.mixed_precision" not in changed:
-        print(f"changed since {checkpoint.name}: the precision {before} -> {precision}; --mixed_precision {before} keeps it")
+    if (had := facts.get("precision", precision)) != precision and "training.mixed_precision" not in changed:
+        print(f"changed since {checkpoint.name}: the precision {had} -> {precision}; --mixed_precision {had} keeps it")
 
 
 def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notice: str | None) -> None:
@@ -328,6 +334,8 @@ def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notic
         f"Batch: {plan.batch_size} sequences x {plan.accumulation} micro-steps x {plan.world_size} processes = "
         f"{plan.tokens_per_step:,} tokens per update"
     )
+    if plan.batch_warmup_from is not None:
+        say(f"Batch warm-up: from {plan.batch_warmup_from} sequences, over {plan.batch_warmup_samples:,} of them")
     say(f"Max iterations: {plan.max_iters} ({plan.epochs:g} passes over the data)")
     for line in (*(f"Mixture: {part}" for part in plan.mixture), *run.hindsight.lines):
         say(line)

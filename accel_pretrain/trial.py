@@ -196,8 +196,10 @@ def _timer(run: TrainingRun, state: TrainState) -> Callable[[], float]:
 
 def _plan(config: RunConfig, splits: Splits, accumulation: int, updates: int) -> Plan:
     amounts = {"global_batch_size": None, "gradient_accumulation_steps": accumulation, "max_tokens": None, "epochs": None}
+    amounts |= {"batch_warmup_tokens": None, "batch_warmup_from": None}  # what is timed is a whole update
     training = replace(config.training, max_iters=updates, **amounts)
-    return make_plan(replace(config, training=training), splits, 1)
+    nowhere = replace(config.data, packing="windows", intra_document_masking=False)  # made-up tokens have no documents
+    return make_plan(replace(config, training=training, data=nowhere), splits, 1)
 
 
 def made_up_tokens(vocab_size: int) -> Splits:
@@ -214,7 +216,9 @@ def build(config: RunConfig, plan: Plan, splits: Splits, accelerator: Accelerato
     fill(module, module.initial_weights())
     model, optimizer = prepare(accelerator, module, config.optimizer.build)
     module.recompute(config.training.activation_checkpointing)
-    module.chunked_loss = config.training.chunked_loss
+    module.chunked_loss, module.document_id = config.training.chunked_loss, plan.document_id
+    if config.data.intra_document_masking:
+        module.document_id = 0  # any: what it costs is the same
     flops = plan.flops_per_token * plan.tokens_per_step * plan.max_iters
     if resolve_compile(config.training, flops, accelerator.device)[0]:
         module.compile_parts()

@@ -95,7 +95,11 @@ def reporting(run: TrainingRun, rows: int) -> list[float]:
     value = torch.tensor(1.0)
     for _ in range(rows):
         state.step += run.config.logging.log_interval
-        times.append(microseconds(lambda: log_update(run, state, Update(loss=value, grad_norm=value, lr=1e-3))))
+        times.append(
+            microseconds(
+                lambda: log_update(run, state, Update(loss=value, grad_norm=value, lr=1e-3, samples=run.plan.samples_per_step))
+            )
+        )
     return times
 
 

@@ -17,6 +17,7 @@ LEVELS = (
     (
         *("yaml_files", "typed_values", "typed_keys", "typed_yaml", "manifest", "token_formats", "shards"),
         *("mixture", "split_patterns", "token_text", "tokenizer", "permutation", "schedule", "errorbars", "space"),
+        *("batch_warmup", "packing", "curriculum"),
     ),
     ("models", "loss", "optim", "rules", "muon", "frugal", "data", "estimates", "peaks", "hardware", "cluster", "probe"),
     (
@@ -50,7 +51,7 @@ LEVELS = (
     (
         "foresight",
         "smoke",
-        *("origin", "run", "recovery", "loop", "harness", "proofs", "trial", "ladder", "heldout"),
+        *("origin", "run", "branching", "recovery", "loop", "harness", "proofs", "trial", "ladder", "heldout"),
         *("one_batch", "inspection", "anomaly", "profiling", "debugging", "lr_find", "layer_maps"),
         *("report_facts", "report_figures", "report_page"),
     ),

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from accel_pretrain.models import cpu_attention
 from accel_pretrain.models.config import ModelConfig
+from accel_pretrain.models.documents import BlockMask, block_attention
 from accel_pretrain.models.kv_cache import KVCache
 from accel_pretrain.models.norm import build_head_norm
 from accel_pretrain.models.precision import for_products
@@ -21,13 +22,14 @@ class View(NamedTuple):
 
     ``rope`` is as in :func:`~accel_pretrain.models.rope.rotate`, None with learned positions. ``mask`` is boolean, (T, S) or
     (B, 1, T, S), True where a query sees a key; None means all keys, or those up to its own if ``is_causal``. ``window`` is how
-    many keys a query sees where ``mask`` says nothing else.
+    many keys a query sees where ``mask`` says nothing else. ``blocks`` say all of it for a kernel that goes by blocks.
     """
 
     rope: torch.Tensor | None
     mask: torch.Tensor | None
     is_causal: bool
     window: int | None = None
+    blocks: BlockMask | None = None
 
 
 def visible(
@@ -60,6 +62,8 @@ def attend(
 
     Through PyTorch's fused kernels, which know no soft cap: with one, step by step, in O(T S) memory.
     """
+    if view.blocks is not None and dropout == 0:
+        return block_attention(q_BHTE, k_BGSE, v_BGSE, view.blocks, scale=scale, softcap=softcap)
     causal = view.is_causal or view.window is not None
     if causal and softcap is None and dropout == 0 and cpu_attention.fits(q_BHTE, k_BGSE, v_BGSE):
         return cpu_attention.causal_attention(q_BHTE, k_BGSE, v_BGSE, scale, view.window)

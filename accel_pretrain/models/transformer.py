@@ -23,6 +23,7 @@ from accel_pretrain.loss import next_token_loss
 from accel_pretrain.models import cpu_loss, head_loss, mup
 from accel_pretrain.models.attention import Attention, View, visible
 from accel_pretrain.models.config import ModelConfig
+from accel_pretrain.models.documents import begins_of_documents, blocks_in_documents, visible_in_documents
 from accel_pretrain.models.kv_cache import KVCache
 from accel_pretrain.models.norm import build_norm
 from accel_pretrain.models.precision import for_products
@@ -116,6 +117,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.compiled = config, vocab_size, False
         self.chunked_loss = False  # see head_loss
+        self.document_id: int | None = None  # the id with which a document begins, where tokens see only their own
         self.embed_tokens = TokenEmbedding(vocab_size, config.d_model, tied=config.tie_embeddings)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.context_length, config.d_model)
@@ -197,7 +199,8 @@ class Transformer(nn.Module):
         last_only: bool = False,
     ) -> torch.Tensor:
         config = self.config
-        positions, views = self._look(tokens_BT, cache)
+        packed = cache is None and self.document_id is not None
+        positions, views = self._look_within(tokens_BT) if packed else self._look(tokens_BT, cache)
         x_BTD = self.embed_tokens(tokens_BT)
         if config.scale_embeddings:
             x_BTD = x_BTD * math.sqrt(config.d_model)
@@ -245,6 +248,22 @@ class Transformer(nn.Module):
         window = self.config.sliding_window
         sliding = View(self._angles(positions, sliding=True), *visible(T, end, window, padding_B, device))
         return positions, (full, sliding._replace(window=window if padding_B is None and window < end else None))
+
+    def _look_within(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, tuple[View, View]]:
+        """The same, of windows in which each document sees itself alone."""
+        assert self.document_id is not None
+        begins_BT = begins_of_documents(tokens_BT, self.document_id)
+        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) - begins_BT
+        in_blocks = tokens_BT.device.type == "cuda" and not (self.training and self.config.dropout)
+
+        def view(window: int | None, *, sliding: bool) -> View:
+            angles = self._angles(positions_BT, sliding=sliding)
+            if in_blocks:
+                return View(angles, None, is_causal=False, blocks=blocks_in_documents(begins_BT, window))
+            return View(angles, visible_in_documents(begins_BT, window), is_causal=False)
+
+        full, window = view(None, sliding=False), self.config.sliding_window
+        return positions_BT, (full, full if window is None else view(window, sliding=True))
 
     def _angles(self, positions: slice | torch.Tensor, *, sliding: bool) -> torch.Tensor | None:
         if self.config.position == "learned":
