@@ -17,6 +17,11 @@ from accel_pretrain.run import TrainingRun
 from accel_pretrain.runtime import TrainingConfig
 
 STABLE = "stable"
+FIXED = (  # what a run that goes on cannot change, besides the model
+    *("optimizer.name", "training.seed", "debug.overfit_one_batch"),
+    *("data.sampling", "data.packing", "data.intra_document_masking"),
+    *("optimizer.embedding_lr_scale", "optimizer.head_lr_scale", "optimizer.projection_rank"),  # they make the groups
+)
 
 
 def as_begun(config: RunConfig, done: TrainState) -> RunConfig:

@@ -57,7 +57,6 @@ EXTRAS = {
     "plot": {"matplotlib": "3.9"},
     "report": {"bokeh": "3.9"},
     "eval": {"lm-eval": "0.4.12"},
-    "optim": {"galore-torch": "1.0"},
 }
 ENOUGH_DISK, ENOUGH_SHARED = 5 << 30, 1 << 30
 SHARED_MEMORY = Path("/dev/shm")

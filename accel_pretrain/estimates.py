@@ -91,7 +91,7 @@ class Workload:
     precision: str = "no"  # no, bf16 or fp16, in Accelerate's words
     device: str = "cpu"  # cpu or cuda: their kernels keep different things
     compiled: bool = False
-    moments: int = 2  # float32 numbers that the optimizer keeps per parameter
+    moments: float = 2  # float32 numbers that the optimizer keeps per parameter
     strategy: str = "ddp"  # ddp, zero2, fsdp2
     world_size: int = 1
     checkpointing: str = "none"  # none, selective or full: training.activation_checkpointing
@@ -268,7 +268,7 @@ def memory(load: Workload) -> Memory:
     """
     shard = load.world_size if load.strategy != "ddp" else 1
     weights = FP32 * load.parameters
-    state = FP32 * load.moments * math.ceil(load.parameters / shard)
+    state = math.ceil(FP32 * load.moments * math.ceil(load.parameters / shard))
     output = FP32 * load.vocab_size * load.model.d_model
     standing = {"weights": math.ceil(weights / shard), "optimizer": state, "tables": tables(load)}
     copies, kept, N = weight_copies(load), activations(load), load.tokens
@@ -344,4 +344,4 @@ def block_parameters(load: Workload) -> int:
 
 def checkpoint_bytes(load: Workload) -> int:
     """Bytes of one checkpoint: float32 weights once (a tied matrix is stored once), and the optimizer's numbers."""
-    return FP32 * (1 + load.moments) * load.parameters
+    return round(FP32 * (1 + load.moments) * load.parameters)

@@ -174,7 +174,8 @@ class Guard:
 def _decides_late(optimizer: torch.optim.Optimizer) -> bool:
     """Whether asking for a number would make the processor wait for a queue of work, and the optimizer knows ``found_inf``."""
     (group, *_) = optimizer.param_groups
-    return bool(group.get("fused")) and _is_asynchronous(local(group["params"][0]).device)
+    knows = all(every.get("fused") for every in optimizer.param_groups)
+    return knows and _is_asynchronous(local(group["params"][0]).device)
 
 
 def _is_asynchronous(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from accel_pretrain.optim import SGD, AdamW
+from accel_pretrain.optim import SGD, AdamW, Lion
 from accel_pretrain.outlook import Outlook, critical_batch, first_loss
 from accel_pretrain.schedule import Constant, WarmupStableDecay
 
@@ -83,11 +83,12 @@ def schedule(o: Outlook) -> Findings:
 
 
 def optimizer(o: Outlook) -> Findings:
-    """Adam's constants."""
+    """Adam's constants, also where it serves a part of the parameters."""
     config, last = o.config.optimizer, o.plan.max_iters
     if isinstance(config, SGD):
         text = "optimizer.name sgd: Transformers train slowly with it (Zhang et al. 2020)"
         yield Finding("sgd", text, "type --optimizer.name adamw", serious=False)
+    if isinstance(config, SGD | Lion):
         return
     if config.beta1 > config.beta2:
         text = f"optimizer.beta1 {config.beta1:g} is above beta2 {config.beta2:g}: they look swapped"
@@ -116,9 +117,13 @@ def optimizer(o: Outlook) -> Findings:
 
 
 def learning_rate(o: Outlook) -> Findings:
-    """The peak, against GPT-3's table 2.1 (Brown et al. 2020): 6e-4 at width 768, 1.2e-4 at 4096, so about 0.46 / width."""
+    """The peak, against GPT-3's table 2.1 (Brown et al. 2020): 6e-4 at width 768, 1.2e-4 at 4096, so about 0.46 / width.
+
+    Lion's is a fifth of that (Chen et al. 2023, section 5: 3 to 10 times below AdamW's).
+    """
     config, clip = o.config.optimizer, o.config.training.grad_clip
-    usual = 0.46 / o.config.model.d_model
+    width = o.config.model.mup_base_width or o.config.model.d_model
+    usual = 0.46 / width / (5 if isinstance(config, Lion) else 1)
     if clip is not None and clip < 0.05:
         text = f"training.grad_clip {clip:g} is below every gradient's norm: it scales all of them"
         yield Finding("clip_tiny", text, "type --grad_clip 1.0")
@@ -127,7 +132,7 @@ def learning_rate(o: Outlook) -> Findings:
         yield Finding("clip_huge", text, "type --grad_clip 1.0")
     if isinstance(config, SGD):
         return
-    near = f"about {usual:.1g} at width {o.config.model.d_model} (GPT-3's table)"
+    near = f"about {usual:.1g} at width {width} (GPT-3's table{', a fifth of it' * isinstance(config, Lion)})"
     if config.lr > 10 * usual:
         yield Finding("lr_high", f"optimizer.lr {config.lr:g} is far above what is usual, {near}", f"type --lr {usual:.1g}")
     if config.lr < usual / 20 and o.config.checkpoint.init_from is None:
@@ -159,6 +164,9 @@ def shape(o: Outlook) -> Findings:
     if model.sliding_window is not None and (model.sliding_window >= model.context_length or "S" not in model.window_pattern):
         text = f"model.sliding_window {model.sliding_window} never hides a position (context {model.context_length})"
         yield Finding("window_idle", text, "type --sliding_window null")
+    if model.mup_base_width is not None and model.ff_width != 4 * model.d_model and model.d_ff is not None:
+        text = f"model.d_ff {model.d_ff}: with mup_base_width it has to grow as d_model does"
+        yield Finding("mup_d_ff", text, "type --d_ff null", serious=False)
     if model.init_std > 0.1 or model.init_std < 1e-3:
         text = f"model.init_std {model.init_std:g}: usual is 0.006 to 0.02"
         yield Finding("init_std", text, "type --init_std 0.02")

@@ -30,7 +30,7 @@ def find_origin(config: CheckpointConfig) -> Path:
 
 def refuse_other_shape(origin: str, wanted: ModelConfig, shape: ModelConfig) -> None:
     """Raise :class:`ConfigError` where the config asks for another shape than that of the weights to begin with."""
-    free = {"dropout", "init_std", "zero_init", "context_length"}
+    free = {"dropout", "init_std", "zero_init", "mup_base_width", "context_length"}
     now, there = to_plain(wanted), to_plain(shape)
     problems = [
         f"model.{key}: {origin} has {there[key]}, this config says {now[key]}"

@@ -18,8 +18,8 @@ from accel_pretrain.errors import ConfigError
 from accel_pretrain.estimates import Memory, Workload, checkpoint_bytes, flops_per_token, memory, parameters
 from accel_pretrain.hardware import CONTEXT_BYTES, Machine, free_disk
 from accel_pretrain.mixture import are_there
-from accel_pretrain.models import ModelConfig
-from accel_pretrain.optim import SGD
+from accel_pretrain.models import ModelConfig, mup
+from accel_pretrain.optim import kept_per_weight
 from accel_pretrain.probe import probe
 from accel_pretrain.runtime import resolve_precision
 from accel_pretrain.shards import TokenSplit
@@ -85,7 +85,7 @@ class Outlook:
         0 where each process holds everything anyway. See :class:`accel_pretrain.saver.Gathered`.
         """
         sharded = self.load.strategy != "ddp" and self.load.world_size > 1
-        return 4 * (1 + self.load.moments) * self.plan.parameters if sharded else 0
+        return round(4 * (1 + self.load.moments) * self.plan.parameters) if sharded else 0
 
     @property
     def checkpoint(self) -> int:
@@ -127,7 +127,7 @@ def first_loss(model: ModelConfig, vocab_size: int) -> float:
     D init_std^2, and the log of the mean of their exponentials is half of that. A soft cap bounds them. A tied matrix makes the
     logit of the token that was just read D init_std times what is left of its embedding after all blocks.
     """
-    spread = math.sqrt(model.d_model) * model.init_std
+    spread = math.sqrt(model.d_model) * model.init_std * mup.init_scale(model, "lm_head.weight")
     own = model.d_model * model.init_std * _left_of_embedding(model) if model.tie_embeddings else -math.inf
     if (cap := model.logit_softcap) is not None:
         spread, own = min(spread, cap), cap * math.tanh(own / cap)
@@ -170,8 +170,7 @@ def unknown_splits(config: RunConfig) -> Splits:
 
 def workload(config: RunConfig, plan: Plan, device: str) -> Workload:
     """What one process of a run has to carry. What a launcher may ask for is not known here."""
-    optimizer = config.optimizer
-    moments = int(optimizer.momentum > 0) if isinstance(optimizer, SGD) else 2
+    moments = kept_per_weight(config.optimizer, config.model, plan.vocab_size)
     flops = plan.flops_per_token * plan.tokens / plan.world_size
     return Workload(
         model=config.model, vocab_size=plan.vocab_size, batch_size=plan.batch_size, accumulation=plan.accumulation,

@@ -17,6 +17,7 @@ import torch
 from accel_pretrain.estimates import Workload, flops_per_token, memory
 from accel_pretrain.models import Transformer
 from accel_pretrain.optim import Optimizer
+from accel_pretrain.rules import settle_in
 
 Clock = Callable[[], float]
 _GEMM = 1024  # side of the square matrices whose product says how much will fit into the time
@@ -99,6 +100,7 @@ def _measure(
         ids_BS = torch.randint(load.vocab_size, (load.batch_size, load.model.context_length + 1))
         weights_B = torch.full((load.batch_size,), 1.0 / load.tokens)
     built, parameters = optimizer.build(model), list(model.parameters())
+    settle_in(built, load.precision, 1)
     low = torch.float16 if load.precision == "fp16" else torch.bfloat16
 
     def micro_step() -> None:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from accel_pretrain import agent
-from accel_pretrain.branching import as_begun, mark_stable, raised_again
+from accel_pretrain.branching import FIXED, as_begun, mark_stable, raised_again
 from accel_pretrain.checkpoint import (
     TrainState,
     read_facts,
@@ -42,6 +42,7 @@ from accel_pretrain.loop import RULE, fit
 from accel_pretrain.lr_find import find
 from accel_pretrain.machines import refuse_differences, refuse_other_folders
 from accel_pretrain.one_batch import OneBatch
+from accel_pretrain.optim import describe_groups
 from accel_pretrain.origin import find_origin, refuse_other_shape, weights_of
 from accel_pretrain.parallel import build_model, fill, prepare
 from accel_pretrain.peers import Peers
@@ -138,7 +139,9 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
             plan = make_plan(config, splits, accelerator.num_processes)
         if only_print:
             found = notices(config, plan, splits, cpu=accelerator.device.type == "cpu")
-            say("\n".join([f"{to_yaml(config)}\n# plan\n{plan.describe()}", *(f"notice: {notice}" for notice in found)]))
+            groups = describe_groups(config.optimizer, config.model, plan.vocab_size)
+            settings = f"{to_yaml(config)}\n# plan\n{plan.describe()}\n# parameters"
+            say("\n".join([settings, *groups, *(f"notice: {notice}" for notice in found)]))
             return 0
         with session(accelerator, run_dir, watchdog) as around:
             around.forecast = foresee(config, plan, splits, accelerator)
@@ -285,12 +288,10 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     before, config = load(RunConfig, checkpoint / "config.yaml"), as_begun(config, done)
     saved, now = flat(as_begun(before, done)), flat(config)
     changed = {key: (saved.get(key, "none"), now[key]) for key in now if saved.get(key) != now[key]}
-    kept = ("sampling", "packing", "intra_document_masking")
-    fixed = ("optimizer.name", "training.seed", "debug.overfit_one_batch", *(f"data.{key}" for key in kept))
     problems = [
         f"{key}: {checkpoint.name} has {old}, this config says {new}"
         for key, (old, new) in changed.items()
-        if (key.startswith("model.") and key not in ("model.dropout", "model.vocab_size")) or key in fixed
+        if (key.startswith("model.") and key not in ("model.dropout", "model.vocab_size")) or key in FIXED
     ]
     facts = read_facts(checkpoint)
     if facts.get("data_fingerprint") != splits.train.fingerprint:

@@ -19,7 +19,7 @@ LEVELS = (
         *("mixture", "split_patterns", "token_text", "tokenizer", "permutation", "schedule", "errorbars", "space"),
         *("batch_warmup", "packing", "curriculum"),
     ),
-    ("models", "loss", "optim", "data", "estimates", "peaks", "hardware", "cluster", "probe"),
+    ("models", "loss", "optim", "rules", "muon", "frugal", "data", "estimates", "peaks", "hardware", "cluster", "probe"),
     (
         "slurm",
         "launchers",

@@ -116,6 +116,7 @@ def test_resuming_from_a_path_without_a_config_takes_that_runs_own(run_train: Tr
         (("--d_model", "64"), "model.d_model: checkpoint_00000003 has 32, this config says 64"),
         (("--seed", "1"), "training.seed: checkpoint_00000003 has 42, this config says 1"),
         (("--optimizer.name", "sgd"), "optimizer.name: checkpoint_00000003 has adamw, this config says sgd"),
+        (("--head_lr_scale", "2"), "optimizer.head_lr_scale: checkpoint_00000003 has 1.0, this config says 2.0"),
         (("--batch_size", "6"), "checkpoint_00000003 has 4 sequences per update, this is 6; type --global_batch_size 4"),
         (("--d_model", "64", "--seed", "1"), "3 problems:"),
         (("--sampling", "random"), "data.sampling: checkpoint_00000003 has shuffle, this config says random"),

@@ -101,6 +101,7 @@ def test_print_config_shows_config_and_plan_and_does_nothing(run_train: Train, t
     shown = capsys.readouterr().out
     for line in ("  d_model: 32\n", "\n# plan\n", "max_iters            3\n", "tokens_per_step      128\n"):
         assert line in shown
+    assert "\n# parameters\nembedding, matrix, head: 16 tensors, " in shown
     assert "Iter" not in shown
     assert everything_in(tmp_path) == []
 

@@ -22,7 +22,7 @@ from accel_pretrain.config import RunConfig
 from accel_pretrain.data import DataConfig
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.models import ModelConfig
-from accel_pretrain.optim import SGD, AdamW
+from accel_pretrain.optim import SGD, AdamW, Muon
 from accel_pretrain.runtime import TrainingConfig
 from accel_pretrain.schedule import Constant, Cosine, InverseSqrt, Linear, WarmupStableDecay
 from accel_pretrain.trackers import LoggingConfig
@@ -390,11 +390,12 @@ def test_flat_command_line():
 def test_union_takes_the_keys_of_the_chosen_member_only(tmp_path: Path):
     assert from_argv("--optimizer.name", "sgd", "--momentum", "0.5").optimizer == SGD(momentum=0.5)
     assert from_argv("--optimizer.name", "SGD").optimizer == SGD()  # as every other choice, in any case
-    assert message(from_argv, "--momentum", "0.5") == "optimizer.momentum: optimizer.name adamw has no such key (sgd has)"
+    assert message(from_argv, "--nesterov", "true") == "optimizer.nesterov: optimizer.name adamw has no such key (sgd has)"
     path = written(tmp_path, "optimizer: {name: adamw, beta1: 0.8}")
-    refused = "optimizer.beta1: optimizer.name sgd has no such key (adamw has)"
+    refused = "optimizer.beta1: optimizer.name sgd has no such key (adamw, muon, lion, adamw8, galore has)"
     assert message(from_argv, "--config", str(path), "--optimizer.name=sgd") == refused
-    assert message(from_argv, "--optimizer.name", "lion") == "optimizer.name: expected adamw | sgd, got 'lion'"
+    names = "adamw | sgd | muon | lion | adamw8 | galore"
+    assert message(from_argv, "--optimizer.name", "adam") == f"optimizer.name: expected {names}, got 'adam'"
     owners = "schedule.min_lr: schedule.name constant has no such key (cosine, linear, wsd has)"
     assert message(from_argv, "--schedule.name", "constant", "--min_lr", "0") == owners
 
@@ -462,6 +463,7 @@ def configs() -> st.SearchStrategy[RunConfig]:
         optimizer=st.one_of(
             st.builds(AdamW, **rates, beta1=below_one, beta2=below_one, eps=positive),
             st.builds(SGD, **rates, momentum=st.floats(0.1, 0.9), nesterov=st.booleans()),
+            st.builds(Muon, **rates, momentum=below_one, embedding_lr_scale=positive),
         ),
         schedule=st.one_of(
             st.builds(Cosine, **decay), st.builds(Linear, **decay),

@@ -79,7 +79,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
         sliding_window=config.sliding_window if any(slides) else None,
         window_pattern="".join("S" if slide else "F" for slide in slides) if any(slides) else "S",
         sliding_rope_theta=config.sliding_rope_theta if own_theta else None,
-        dropout=0.0, init_std=0.0, zero_init=False,
+        dropout=0.0, init_std=0.0, zero_init=False, mup_base_width=None,
     )  # fmt: skip
     without: dict[str, Any] = {name: getattr(ModelConfig(), name) for name in ROPE_OPTIONS}
     if config.position == "learned":

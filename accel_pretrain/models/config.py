@@ -56,11 +56,15 @@ class ModelConfig:
     dropout: float = option(0.0, "on embeddings, attention weights and both residual branches, while training")
     init_std: float = option(0.02, "standard deviation of the initial weights")
     zero_init: bool = option(False, "start with zero in what attention and feed-forward write to the residual stream")
+    mup_base_width: int | None = option(
+        None, "muP: the d_model for which lr and init_std were chosen; others scale by width (see models.mup); null: no scaling"
+    )
 
     def __post_init__(self) -> None:
         at_least_1 = (
             "context_length", "d_model", "num_layers", "num_heads",
             "vocab_size", "num_kv_heads", "head_dim", "d_ff", "sliding_window", "rope_original_context",
+            "mup_base_width",
         )  # fmt: skip
         positive = (
             "rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor",
@@ -72,6 +76,10 @@ class ModelConfig:
             *((not given.get(name, 1) > 0, f"{name}: must be positive, got {given.get(name)}") for name in positive),
             (not 0 <= self.dropout < 1, f"dropout: must be at least 0 and below 1, got {self.dropout}"),
             (self.norm_eps < 0, f"norm_eps: must not be negative, got {self.norm_eps}"),
+            (
+                self.mup_base_width is not None and self.tie_embeddings,
+                "mup_base_width: an output matrix scales with width and an embedding does not; type --tie_embeddings false",
+            ),
             (self.init_std < 0, f"init_std: must not be negative, got {self.init_std}"),
         )
         self._refuse_misfits()

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from accel_pretrain.loss import next_token_loss
-from accel_pretrain.models import cpu_loss, head_loss
+from accel_pretrain.models import cpu_loss, head_loss, mup
 from accel_pretrain.models.attention import Attention, View, visible
 from accel_pretrain.models.config import ModelConfig
 from accel_pretrain.models.documents import begins_of_documents, blocks_in_documents, visible_in_documents
@@ -155,6 +155,8 @@ class Transformer(nn.Module):
         | o and down weights (they write to the residual stream) | normal, std = init_std / sqrt(2 num_layers); 0 if zero_init |
         | norm weights | 1 (0 where 1 is added to them) |
         | the gates of value embeddings, all biases | 0 |
+
+        With ``mup_base_width``, matrices and lm_head times what :mod:`~accel_pretrain.models.mup` says.
         """
         for name, parameter in self.named_parameters():
             self.init_weight(name, parameter)
@@ -186,7 +188,7 @@ class Transformer(nn.Module):
         else:
             residual_std = 0.0 if config.zero_init else config.init_std / math.sqrt(2 * config.num_layers)
             writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(weight, std=residual_std if writes_residual else config.init_std)
+            nn.init.normal_(weight, std=(residual_std if writes_residual else config.init_std) * mup.init_scale(config, name))
 
     def forward(
         self,
