@@ -31,6 +31,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.rules import is_share, settle_in
+from accel_pretrain.rules import local as local  # through here for everybody else
 from accel_pretrain.typed_yaml import option
 
 State = Mapping[str, Any]
@@ -164,11 +166,12 @@ def prepare(
     address 0, and would be mixed up; so parameters are put back as they were.
     """
     built = build(module)
+    settle_in(built, accelerator.mixed_precision, 1 if accelerator.is_fsdp2 else accelerator.num_processes)
     own = [list(group["params"]) for group in built.param_groups]
     model, optimizer = accelerator.prepare(module, built)
     for group, parameters in zip(optimizer.param_groups, own, strict=True):
         group["params"] = parameters
-    shares = [_is_share(parameter) for parameter in model.parameters()]
+    shares = [is_share(parameter) for parameter in model.parameters()]
     assert (is_sharded(model) and all(shares)) == accelerator.is_fsdp2, "the model is not sharded as the config has it"
     return model, optimizer
 
@@ -229,18 +232,9 @@ def alike(module: nn.Module) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------- shares
 
 
-def _is_share(tensor: torch.Tensor) -> bool:
-    return hasattr(tensor, "device_mesh")  # a DTensor
-
-
-def local(tensor: Any) -> torch.Tensor:
-    """The share of a tensor that this process holds; the tensor itself where it is not shared out."""
-    return tensor.to_local() if _is_share(tensor) else tensor
-
-
 def whole(tensor: Any) -> torch.Tensor:
     """All of a tensor. Collective, if it is shared out; it may be in host memory."""
-    return tensor.to(tensor.device_mesh.device_type).full_tensor() if _is_share(tensor) else tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if is_share(tensor) else tensor
 
 
 def _copy_share(own: Any, value: Any) -> None:
@@ -249,7 +243,7 @@ def _copy_share(own: Any, value: Any) -> None:
     if shape != tuple(own.shape):
         raise ValueError(f"a tensor of shape {shape} where {tuple(own.shape)} is wanted")
     rows = slice(None)
-    if _is_share(own):
+    if is_share(own):
         count, share = own.shape[0], -(-own.shape[0] // own.device_mesh.size())
         begin = min(own.device_mesh.get_local_rank() * share, count)
         rows = slice(begin, min(begin + share, count))

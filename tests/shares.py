@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accel_pretrain import guard
 from accel_pretrain.guard import Guard, Health
 from accel_pretrain.models import ModelConfig, Transformer
-from accel_pretrain.optim import SGD, AdamW
+from accel_pretrain.optim import SGD, AdamW, Muon
 from accel_pretrain.parallel import ParallelConfig, build_model, fill, is_sharded, local, prepare, whole, withheld
 from accel_pretrain.runtime import TrainingConfig, build_accelerator, seed_everything
 from accel_pretrain.saver import Gathered
@@ -30,6 +30,7 @@ SHAPE = ModelConfig(
     tie_embeddings=True,
 )  # fmt: skip
 PLAIN = SGD(lr=0.1)
+MUON = Muon(lr=0.01, eps=1e-2)  # AdamW would make a rounding of a small gradient a large one
 
 
 def build(accelerator: Accelerator, optimizer: Any = None) -> tuple[Any, Any]:
@@ -144,9 +145,33 @@ def sorted_parameters(optimizer: Any) -> list[torch.Tensor]:
     return sorted((own for group in optimizer.param_groups for own in group["params"]), key=id)
 
 
+def check_muon(accelerator: Accelerator) -> str:
+    """Muon makes matrices orthogonal that no process holds; its updates are those of a process alone, as far as sums go."""
+    (model, optimizer), (module, other) = build(accelerator, MUON), alone(MUON)
+    begun = copy.deepcopy(weights_of(model))
+    for number in range(3):
+        inputs, targets = batch(number)
+        (module(inputs, targets).sum() / (ROWS * T)).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        backward(accelerator, model, number=number)
+        for own in (optimizer, other):
+            own.step()
+            own.zero_grad()
+    expected = {name: weight.detach() for name, weight in module.named_parameters()}
+    far = difference(weights_of(model), expected)
+    assert far < 1e-5, far
+    assert difference(begun, expected) > 1e-2
+    return f"{far:.1e}"
+
+
 def check_guard(accelerator: Accelerator) -> str:
     """An update that is not finite in one process alone changes no bit anywhere, however it is decided; a good one does."""
-    for optimizer, late in ((AdamW(lr=0.01), False), (AdamW(lr=0.01), True), (SGD(lr=0.01), True)):  # late: as on a GPU
+    for optimizer, late in (
+        (AdamW(lr=0.01), False),
+        (AdamW(lr=0.01), True),
+        (SGD(lr=0.01), True),
+        (Muon(), True),
+    ):  # late: as on a GPU
         guard._is_asynchronous = lambda device, late=late: late
         model, own = build(accelerator, optimizer)
         judge, health = Guard(), Health()
@@ -160,7 +185,7 @@ def check_guard(accelerator: Accelerator) -> str:
             assert (difference(weights_of(model), before) == 0) == bad
         judge.settle(health)
         assert health.skipped == 1
-    return "3 ways"
+    return "4 ways"
 
 
 def check_gathered(accelerator: Accelerator) -> str:
@@ -184,7 +209,7 @@ def main() -> int:
     strategy = sys.argv[1]
     training = TrainingConfig(device="cpu", cpu_threads=1, mixed_precision="no")
     accelerator = build_accelerator(training, [], Path("unused"), ParallelConfig(strategy=strategy))  # type: ignore[arg-type]
-    checks = (check_weights, check_memory, check_updates, check_guard, check_gathered)
+    checks = (check_weights, check_memory, check_updates, check_muon, check_guard, check_gathered)
     for check in checks:
         began = time.monotonic()
         figures = check(accelerator)

@@ -18,7 +18,7 @@ LEVELS = (
         *("yaml_files", "typed_values", "typed_keys", "typed_yaml", "manifest", "token_formats", "shards"),
         *("mixture", "split_patterns", "token_text", "tokenizer", "permutation", "schedule", "errorbars"),
     ),
-    ("models", "loss", "optim", "data", "estimates", "hardware", "cluster", "probe"),
+    ("models", "loss", "optim", "rules", "muon", "data", "estimates", "hardware", "cluster", "probe"),
     (
         "slurm",
         "launchers",

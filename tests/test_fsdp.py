@@ -68,7 +68,7 @@ def test_every_process_holds_its_share() -> None:
         launch(["fsdp2"], 4, "tests.shares"), env=environment(), cwd=REPO, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" of 4: ") == 5
+    assert done.stdout.count(" of 4: ") == 6
 
 
 def test_stopped_and_resumed_by_others(run_train: Train, dataset: Path, tmp_path: Path) -> None:

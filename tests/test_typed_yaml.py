@@ -390,11 +390,11 @@ def test_flat_command_line():
 def test_union_takes_the_keys_of_the_chosen_member_only(tmp_path: Path):
     assert from_argv("--optimizer.name", "sgd", "--momentum", "0.5").optimizer == SGD(momentum=0.5)
     assert from_argv("--optimizer.name", "SGD").optimizer == SGD()  # as every other choice, in any case
-    assert message(from_argv, "--momentum", "0.5") == "optimizer.momentum: optimizer.name adamw has no such key (sgd has)"
+    assert message(from_argv, "--nesterov", "true") == "optimizer.nesterov: optimizer.name adamw has no such key (sgd has)"
     path = written(tmp_path, "optimizer: {name: adamw, beta1: 0.8}")
-    refused = "optimizer.beta1: optimizer.name sgd has no such key (adamw has)"
+    refused = "optimizer.beta1: optimizer.name sgd has no such key (adamw, muon has)"
     assert message(from_argv, "--config", str(path), "--optimizer.name=sgd") == refused
-    assert message(from_argv, "--optimizer.name", "lion") == "optimizer.name: expected adamw | sgd, got 'lion'"
+    assert message(from_argv, "--optimizer.name", "adam") == "optimizer.name: expected adamw | sgd | muon, got 'adam'"
     owners = "schedule.min_lr: schedule.name constant has no such key (cosine, linear, wsd has)"
     assert message(from_argv, "--schedule.name", "constant", "--min_lr", "0") == owners
 
