@@ -56,7 +56,7 @@ def run(arms: Sequence[Arm], data: dict[str, Any], options: argparse.Namespace, 
     """The curves of all arms, for every seed."""
     seconds, machine = 60 * options.minutes, Machine(options.threads, options.cpu_time, options.precision)
     with tempfile.TemporaryDirectory() as folder:
-        speed = speeds(arms, data, Path(folder), min(PROBE_SECONDS, seconds / 4), machine)
+        speed = speeds(arms, data, Path(folder), min(PROBE_SECONDS, seconds / 15), machine)
         updates = planned(arms, speed, seconds, equal=equal)
         print("  " + ", ".join(f"{name}: {count} updates" for name, count in updates.items()), flush=True)
         curves = []
@@ -117,7 +117,10 @@ def measure(figure: str, corpus: str, data: dict[str, Any], options: argparse.Na
         arms += [replace(quality_arms.recipe(corpus, share), name=f"recipe {share:g}") for share in options.shares]
     elif figure == "tokens":
         muon, equal = quality_arms.recipe(corpus), "updates"
-        arms = [muon.but("adamw", quality_arms.ADAMW), *(replace(muon, name=f"muon {s:g}", share=s) for s in (0.75, 0.6))]
+        arms = [
+            muon.but("adamw", quality_arms.ADAMW),
+            *(replace(muon, name=f"muon {s:g}", share=s) for s in options.token_shares),
+        ]
     elif figure == "ingredients":
         arms = quality_arms.ingredient_arms(corpus)
     elif figure == "tune":
@@ -170,7 +173,7 @@ def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     if options.quick:
-        options.minutes, options.figure = 1.0, options.figure or ["time", "tokens"]
+        options.minutes, options.rounds, options.figure = 0.8, 8, options.figure or ["time", "tokens"]
     corpora = options.corpus or ["code", *(["text"] if options.text else [])]
     if "text" in corpora and options.text is None:
         sys.exit("error: --corpus text needs a file; type --text FILE")
@@ -202,6 +205,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--minutes", type=float, default=5.0, help="training time of the baseline")
     own.add_argument("--seeds", type=int, default=3)
     own.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35], help="horizons of the recipe")
+    own.add_argument("--token_shares", type=float, nargs="+", default=[0.75, 0.6], help="of Muon, of AdamW's tokens")
     own.add_argument("--rounds", type=int, default=24, help="slices of every run, each with an evaluation")
     own.add_argument(
         "--arms", nargs="+", default=[], help="of --figure race: '[SHARE ]NAME=@recipe|@baseline [--key VALUE]...'"
@@ -209,7 +213,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--threads", type=int, default=2)
     own.add_argument("--cpu_time", action="store_true", help="clocks count the processor's time: with --threads 1")
     own.add_argument("--precision", default="bf16", choices=["bf16", "no"])
-    own.add_argument("--quick", action="store_true", help="time and tokens with one minute: at most 20 minutes in all")
+    own.add_argument(
+        "--quick", action="store_true", help="time and tokens with less than a minute each: at most 20 minutes in all"
+    )
     own.add_argument("--out", type=Path, help="JSON with everything, and time_ratio: the larger of the corpora")
     own.add_argument("--plot", type=Path, help="a PNG of the curves of --figure time")
     return own

@@ -109,9 +109,12 @@ def ingredient_arms(corpus: str) -> list[Arm]:
 
 
 def tune_arms(corpus: str) -> list[Arm]:
-    """Both published baselines, and AdamW on the recipe's model, at every learning rate of the grid."""
+    """Both published baselines at every rate of the grid; AdamW on the recipe's model; the recipe at rates around its own."""
     shapes = {"baby": Arm("", _GPT2 | _BABY), "cpu": Arm("", _GPT2 | _CPU), "recipe adamw": recipe(corpus).but("", ADAMW)}
-    return [Arm(f"{name} lr {lr:g}", {**arm.settings, "optimizer.lr": lr}) for name, arm in shapes.items() for lr in GRID]
+    ours = recipe(corpus, 0.5)
+    arms = [Arm(f"{name} lr {lr:g}", {**arm.settings, "optimizer.lr": lr}) for name, arm in shapes.items() for lr in GRID]
+    rates = [ours.settings["optimizer.lr"] * times for times in (0.5, 1, 2)]
+    return [*arms, *(ours.but(f"recipe lr {lr:g}", {"optimizer.lr": lr}) for lr in rates)]
 
 
 # -------------------------------------------------------------------------------------------------------------- the text

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -169,6 +170,8 @@ def race(
         for each in residents if turn % 2 else reversed(residents):
             reach = math.ceil(updates[each.name] * turn / rounds)
             curves[each.name].append(each.do(reach))
+        losses = (f"{name} {curve[-1].loss:.3f}" for name, curve in curves.items())
+        print(f"    {turn}/{rounds}: " + ", ".join(losses), file=sys.stderr, flush=True)
     for each in residents:
         each.close()
     return curves
