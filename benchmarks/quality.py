@@ -110,7 +110,7 @@ def measure(figure: str, corpus: str, data: dict[str, Any], options: argparse.Na
     """One figure on one corpus: what was found, for JSON."""
     print(f"{figure}, {corpus}: {options.minutes:g} minutes, {options.seeds} seeds", flush=True)
     if figure == "wsd":
-        return quality_wsd.compare(quality_arms.recipe(corpus), data, options)
+        return {**quality_wsd.compare(quality_arms.recipe(corpus), data, options), "corpus": corpus}
     equal = "time"
     if figure == "time":
         arms = [quality_arms.baseline(corpus)]

@@ -73,4 +73,4 @@ def compare(arm: Arm, data: dict[str, Any], options: argparse.Namespace) -> dict
         )
     largest = max(horizon["wsd_is_worse_by"] for horizon in horizons)
     print(f"  within {largest:.2%} ({'met' if largest <= 0.01 else 'MISSED'}: 1 %) at {extra:.2f}x of the extra updates (0.4)")
-    return {"figure": "wsd", "corpus": "", "horizons": horizons, "extra_compute": extra}
+    return {"figure": "wsd", "horizons": horizons, "extra_compute": extra}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from accel_pretrain.config import RunConfig
 from accel_pretrain.typed_yaml import load, parse_command_line
-from benchmarks import quality, quality_arms
+from benchmarks import quality, quality_arms, quality_wsd
 from benchmarks.quality_race import Arm, Point, best, planned, ratios, reached, words_of
 from tests.running import stdlib_text, write_dataset
 
@@ -77,3 +78,18 @@ def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert figure["rows"]["baseline"]["seconds_ratio"][0] == 1
     assert picture.stat().st_size > 1000
     assert "time to the same loss" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_branches_of_a_wsd_run_are_compared_with_cosine_runs(tmp_path: Path):
+    text = stdlib_text(30_000)
+    write_dataset(tmp_path / "data", text[:25_000], text[25_000:])
+    shape = {"model.d_model": 16, "model.num_layers": 1, "model.num_heads": 1, "model.context_length": 32, "model.d_ff": 32}
+    arm = Arm("tiny", {**shape, "training.batch_size": 2, "optimizer.lr": 1e-2})
+    options = argparse.Namespace(threads=1, precision="no", minutes=0.01, seeds=1)
+    found = quality_wsd.compare(arm, {"data.train_data_path": tmp_path / "data"}, options)
+    updates = [horizon["updates"] for horizon in found["horizons"]]
+    assert updates == [updates[0], 2 * updates[0], 3 * updates[0]]
+    losses = [horizon[way][0] for way in ("cosine", "wsd") for horizon in found["horizons"]]
+    assert all(1 < loss < 5.7 for loss in losses)
+    assert len(set(losses)) == 6, "no run is another's"
