@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from accel_pretrain import __version__
+from accel_pretrain.aids import ONE_BATCH_UPDATES, DebugConfig
+from accel_pretrain.aids import problems as debug_problems
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState
 from accel_pretrain.data import DataConfig, Windows
 from accel_pretrain.errors import ConfigError
@@ -40,6 +42,7 @@ class RunConfig:
     evaluation: EvaluationConfig = section(EvaluationConfig, "The loss on held-out text")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Saving and going on")
     logging: LoggingConfig = section(LoggingConfig, "Reporting")
+    debug: DebugConfig = section(DebugConfig, "Looking into a run")
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,9 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
     windows = Windows(splits.train, model.context_length)
     Windows(splits.val, model.context_length)  # refuses a split that is smaller than one window
     max_iters = _max_iters(training, samples_per_step, model.context_length, windows.count, done or TrainState())
+    if config.debug.overfit_one_batch and not any((training.max_iters, training.max_tokens, training.epochs)):
+        max_iters = ONE_BATCH_UPDATES
+    problems += debug_problems(config.debug, max_iters - (done or TrainState()).step, training.on_spike)
     problems += (f"schedule.{problem}" for problem in config.schedule.problems(config.optimizer.lr, max_iters))
     problems += _tokenizer_problems(config, splits)
     if problems:

@@ -49,7 +49,8 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
         make_up_for_evaluation(run, state)
     run.watchdog.enter("first update")
     while state.step < plan.max_iters and not run.stop.agreed():
-        update = train_step(run, state)
+        with run.aids.around(state):
+            update = train_step(run, state)
         if update is None:
             break  # asked to stop, and the update would have taken too long to finish
         if run.guard.wants_back and went_back(run, state):
@@ -114,6 +115,7 @@ def train_step(run: TrainingRun, state: TrainState) -> Update | None:
             nats_B = run.model(batch.inputs_BT, batch.targets_BT)
             accelerator.backward(nats_B, gradient=run.weights_B)
         nats.append(nats_B.detach())
+    run.aids.gradients()
     grad_norm = accelerator.clip_grad_norm_(run.parameters, config.training.grad_clip or float("inf"))
     assert grad_norm is not None  # as it would be under DeepSpeed
     grad_norm = whole(grad_norm)

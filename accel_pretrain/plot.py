@@ -29,6 +29,7 @@ from accel_pretrain.curves import (
     wants_log,
 )  # fmt: skip
 from accel_pretrain.errors import ConfigError, PretrainError, refuse, reported
+from accel_pretrain.layer_maps import draw_layers
 from accel_pretrain.typed_yaml import load, option, parse_command_line
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ usage: python -m accel_pretrain.plot RUN... [--out FILE] [--x tokens] [--smooth 
   --smooth N       rows that the moving median of noisy curves spans; 1: none; else 1/25 of all
   --log WHERE      auto | none | x | y | xy; auto: y where a spike would flatten the rest
   --help           show this
+
+A run that has recorded its layers (debug.inspect_interval) gets a second picture, plot_layers.png, beside the first.
 """
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -91,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(USAGE, end="")
             return 0
         out = plot([Path(word) for word in line.positionals], load(PlotConfig, line.config, line.overrides))
-        print(f"wrote {out}")
+        print(
+            f"wrote {out}" + (f" and {layers_path(out)}" if len(line.positionals) == 1 and layers_path(out).is_file() else "")
+        )
         return 0
     return 2
 
@@ -109,9 +114,16 @@ def plot(paths: Sequence[Path], config: PlotConfig) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=150)
+        if len(runs) == 1 and (layers := draw_layers(runs[0])) is not None:
+            layers.savefig(layers_path(out), dpi=150)
     except OSError as error:
         raise ConfigError(f"out: cannot write {out.absolute()} ({error.strerror}); type --out FILE") from None
     return out
+
+
+def layers_path(out: Path) -> Path:
+    """Beside the picture of a run, that of its layers, if it has recorded them (debug.inspect_interval)."""
+    return out.with_name(f"{out.stem}_layers{out.suffix}")
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing

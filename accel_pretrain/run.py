@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from accel_pretrain.aids import Aids
 from accel_pretrain.config import Plan, RunConfig, Splits
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.guard import Guard
@@ -47,6 +48,7 @@ class TrainingRun:
     parameters: list[nn.Parameter] = field(default_factory=list)
     watchdog: Watchdog = field(default_factory=Watchdog)
     status: RunStatus = field(default_factory=RunStatus)
+    aids: Aids = field(default_factory=Aids)
 
     @property
     def run_dir(self) -> Path:

@@ -19,6 +19,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tqdm import tqdm
 
 from accel_pretrain.errors import refuse
+from accel_pretrain.histograms import DRAWN_BY, Histogram, track_histograms
 from accel_pretrain.metrics import MetricsFile, RowsFile
 from accel_pretrain.redaction import redact
 from accel_pretrain.typed_yaml import option
@@ -144,6 +145,20 @@ class RunLog:
         for tracker in self._accelerator.trackers:
             try:
                 _track_samples(tracker, step, texts)
+            except Exception as error:
+                self._give_up(error, tracker)
+
+    @property
+    def takes_histograms(self) -> bool:
+        """Whether any tracker draws them. The answer of the main process is everybody's: trackers are named in the config."""
+        names = [getattr(tracker, "value", getattr(tracker, "name", "")) for tracker in self._accelerator.log_with]
+        return any(name in DRAWN_BY for name in names)
+
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """To every tracker that draws them."""
+        for tracker in self._accelerator.trackers if self._file is not None else ():
+            try:
+                track_histograms(tracker, step, histograms)
             except Exception as error:
                 self._give_up(error, tracker)
 

@@ -27,6 +27,7 @@ from accel_pretrain.commit import find_newest, go_back, resolve, sweep
 from accel_pretrain.compiling import resolve_compile
 from accel_pretrain.config import Plan, RunConfig, Splits, flat, make_plan, open_splits, told
 from accel_pretrain.data import TokenBatches
+from accel_pretrain.debugging import conclude, install
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
 from accel_pretrain.files import write_whole
 from accel_pretrain.guard import Guard
@@ -34,7 +35,9 @@ from accel_pretrain.history import read_starts, record_start
 from accel_pretrain.launchers import is_restart, is_restart_of
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
+from accel_pretrain.lr_find import find
 from accel_pretrain.machines import refuse_differences, refuse_other_folders
+from accel_pretrain.one_batch import OneBatch
 from accel_pretrain.origin import find_origin, refuse_other_shape, weights_of
 from accel_pretrain.parallel import build_model, fill, prepare
 from accel_pretrain.peers import Peers
@@ -60,6 +63,7 @@ usage: accelerate launch -m accel_pretrain.train --config FILE [--section.key VA
        python -m accel_pretrain.train --train_data_path DIR [...]      one process, one device
 
   --print_config   show the resolved config and the plan, and stop
+  --lr_find        try learning rates from too low to too high, say which one to type, and stop; writes only lr_find.png, here
   --help           show this
 
 Every key, its default and its meaning (a key whose last part is unique may stand alone, as --batch_size 32):
@@ -71,10 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     with reported():
         words = sys.argv[1:] if argv is None else argv
-        line = parse_command_line(RunConfig, words, flags={"help", "print_config"}, short={"-h": "help"})
+        line = parse_command_line(RunConfig, words, flags={"help", "print_config", "lr_find"}, short={"-h": "help"})
         if "help" in line.flags:
             print(USAGE + reference(RunConfig))
             return 0
+        if "lr_find" in line.flags:
+            return find(load_config(line))
         return pretrain(load_config(line), only_print="print_config" in line.flags)
     return 2
 
@@ -132,7 +138,7 @@ def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
             around.afterwards.callback(around.close, run.log)
             try:
                 with few_collections():
-                    fit(run, state)
+                    conclude(run, fit(run, state))
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(run, error) from None
             finally:
@@ -159,7 +165,8 @@ def assemble(
     model, optimizer = prepare(accelerator, module, config.optimizer.build)
     state = restore(accelerator, optimizer, checkpoint) if checkpoint else TrainState()
     flops = plan.flops_per_token * plan.tokens_per_step / plan.world_size * plan.max_iters
-    compiled, notice = resolve_compile(config.training, flops, accelerator.device)
+    wanted = replace(config.training, compile=False) if config.debug.detect_anomaly else config.training
+    compiled, notice = resolve_compile(wanted, flops, accelerator.device)
     module.recompute(config.training.activation_checkpointing)
     module.chunked_loss = config.training.chunked_loss
     if compiled:
@@ -183,7 +190,7 @@ def assemble(
         weights_B=torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=accelerator.device),
         tokenizer=load_tokenizer(splits.train.tokenizer_path) if splits.train.tokenizer_path else None,
         log=log, saver=saver,
-        batches=TokenBatches(
+        batches=(OneBatch if config.debug.overfit_one_batch else TokenBatches)(
             splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
             accumulation=plan.accumulation, sampling=config.data.sampling,
             world_size=plan.world_size, rank=accelerator.process_index,
@@ -193,6 +200,7 @@ def assemble(
     announce(run, state, checkpoint or origin, notice)
     run.status.progress(step=state.step, tokens=state.tokens, checkpoint=checkpoint)
     run.log.start_trackers(config.logging, to_plain(config))
+    install(run)
     return run, state
 
 
@@ -263,7 +271,7 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     read_state(checkpoint)  # what does not count is refused before anything is moved for it
     saved, now = flat(load(RunConfig, checkpoint / "config.yaml")), flat(config)
     changed = {key: (saved.get(key, "none"), now[key]) for key in now if saved.get(key) != now[key]}
-    fixed = ("optimizer.name", "data.sampling", "training.seed")
+    fixed = ("optimizer.name", "data.sampling", "training.seed", "debug.overfit_one_batch")
     problems = [
         f"{key}: {checkpoint.name} has {old}, this config says {new}"
         for key, (old, new) in changed.items()
@@ -287,7 +295,7 @@ def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: 
     if problems:
         raise ConfigError([*problems, "to start afresh instead, type another --checkpoint_dir"])
     for key, (old, new) in changed.items():
-        if not key.startswith(("logging.", "checkpoint.")):
+        if not key.startswith(("logging.", "checkpoint.", "debug.")):
             print(f"changed since {checkpoint.name}: {key} {old} -> {new}")
     if (before := facts.get("precision", precision)) != precision and "training.mixed_precision" not in changed:
         print(f"changed since {checkpoint.name}: the precision {before} -> {precision}; --mixed_precision {before} keeps it")

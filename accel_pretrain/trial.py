@@ -221,7 +221,7 @@ def build(config: RunConfig, plan: Plan, splits: Splits, accelerator: Accelerato
     run = TrainingRun(
         config=config, plan=plan, splits=splits, accelerator=accelerator, model=model.train(), module=module,
         optimizer=optimizer, parameters=list(model.parameters()), tokenizer=None, stop=StopSignal(),
-        batches=_batches(config, plan, splits), weights_B=_weights_B(plan, accelerator.device),
+        batches=_batches(config, plan, splits, accelerator.process_index), weights_B=_weights_B(plan, accelerator.device),
         log=RunLog(accelerator, folder, step=0, total=plan.max_iters),
         saver=Saver(accelerator, folder, config.checkpoint, TrainState()),
     )  # fmt: skip
@@ -233,15 +233,15 @@ def _with_plan(run: TrainingRun, plan: Plan) -> TrainingRun:
     return replace(run, plan=plan, batches=batches, weights_B=_weights_B(plan, run.accelerator.device))
 
 
-def _batches(config: RunConfig, plan: Plan, splits: Splits) -> TokenBatches:
+def _batches(config: RunConfig, plan: Plan, splits: Splits, rank: int = 0) -> TokenBatches:
     return TokenBatches(
         splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
-        accumulation=plan.accumulation,
+        accumulation=plan.accumulation, sampling=config.data.sampling, world_size=plan.world_size, rank=rank,
     )  # fmt: skip
 
 
 def _weights_B(plan: Plan, device: torch.device) -> torch.Tensor:
-    return torch.full((plan.batch_size,), 1 / plan.tokens_per_step, device=device)
+    return torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=device)
 
 
 def _update(run: TrainingRun, state: TrainState) -> None:

@@ -47,7 +47,8 @@ from accel_pretrain.session import Session
 from accel_pretrain.train import assemble
 from accel_pretrain.typed_yaml import load, parse_command_line
 
-SMALL = "--d_model 256 --num_layers 6 --num_heads 8 --d_ff 688 --context_length 256 --vocab_size 8192 --batch_size 8"
+SMALL = "--d_model 256 --num_layers 6 --num_heads 8 --d_ff 688 --context_length 256 --vocab_size 8192 --batch_size 8 "
+SMALL += "--compile false"  # the probe does not compile
 GPT2 = "--norm layernorm --activation gelu_tanh --position learned --bias --tie_embeddings --d_ff null"
 CONFIGURATIONS = {
     "Llama, fp32": SMALL,
@@ -194,7 +195,7 @@ def several_processes(words: Sequence[str], counts: Sequence[int] = (1, 2, 4)) -
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] if n > 1 else []
         trained = ["-m", "benchmarks.plan", "--train", "4", *common]
         measured = run_process([*launch, *trained], MALLOC_MMAP_THRESHOLD_="65536")
-        timed = run_process([*launch, *trained], MALLOC_TRIM_THRESHOLD_="1000000000")
+        timed = run_process([*launch, *trained])
         options = ["--world_size", str(n), *(["--link", str(timed["rate"] / 0.8)] if n > 1 else [])]
         plan = run_process(["-m", "accel_pretrain.plan", "--json", "--max_iters", "100", *common, *options])
         parts, memory = plan["time"], plan["memory"]["peak"]

@@ -12,7 +12,7 @@ import torch
 
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.models import ModelConfig, Transformer
-from accel_pretrain.models.norm import RMSNorm
+from accel_pretrain.models.norm import LayerNorm, RMSNorm
 from accel_pretrain.models.rope import rope_table, rotate
 from accel_pretrain.models.transformer import FeedForward
 from tests import reference
@@ -161,6 +161,14 @@ def test_rms_norm_is_computed_in_float32():
     x = torch.full((1, 8), 300.0, dtype=torch.float16)  # its square overflows in half precision
     assert torch.equal(norm(x), torch.ones(1, 8, dtype=torch.float16))
     assert not torch.equal(x / x.square().mean().sqrt(), norm(x))  # control
+
+
+def test_layer_norm_takes_the_rounded_weights_of_a_sharded_block():
+    x = torch.randn(2, 8)
+    norm = LayerNorm(8).bfloat16()
+    assert torch.equal(norm(x), torch.nn.functional.layer_norm(x, (8,)))
+    with pytest.raises(RuntimeError, match="mixed dtype"):  # control: PyTorch's does not
+        torch.nn.LayerNorm(8).bfloat16()(x)
 
 
 # ------------------------------------------------------------------------------------------------------------------ shape

@@ -55,10 +55,18 @@ class _RMSNormInFewPasses(torch.autograd.Function):
         return x_grad, None if weight is None else inverse.flatten() @ products, None
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, in float32 also where a sharded block has its weights in bfloat16: on a CPU it takes no two dtypes."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight, bias = (None if own is None else own.float() for own in (self.weight, self.bias))
+        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+
+
 def build_norm(config: ModelConfig) -> nn.Module:
     """A norm of the residual stream."""
     if config.norm == "layernorm":
-        return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+        return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
     return RMSNorm(config.d_model, config.norm_eps, config.norm)
 
 
