@@ -44,10 +44,13 @@ def test_shares_are_of_time_or_of_updates():
 
 @pytest.mark.parametrize("corpus", ["code", "text"])
 def test_every_arm_is_a_config(corpus: str):
-    arms = quality_arms.ingredient_arms(corpus) + quality_arms.tune_arms(corpus)
-    configs = {arm.name: load(RunConfig, None, parse_command_line(RunConfig, words_of(arm.settings)).overrides) for arm in arms}
-    assert len(configs) == len(arms), "names are unique"
-    assert len(set(map(repr, configs.values()))) == len(arms), "no two are the same"
+    configs: dict[str, RunConfig] = {}
+    for arms in (quality_arms.ingredient_arms(corpus), quality_arms.tune_arms(corpus)):
+        words = {arm.name: parse_command_line(RunConfig, words_of(arm.settings)).overrides for arm in arms}
+        own = {name: load(RunConfig, None, overrides) for name, overrides in words.items()}
+        assert len(own) == len(arms), "names are unique"
+        assert len(set(map(repr, own.values()))) == len(arms), "no two are the same"
+        configs |= own
     assert all(quality_arms.CHUNK % config.model.context_length == 0 for config in configs.values())
     assert configs["recipe"] != configs["- RoPE"]
     assert configs["- RoPE"].model.position == configs["baseline"].model.position == "learned"
