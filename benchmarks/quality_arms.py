@@ -19,8 +19,8 @@ CHUNK, CHUNKS = 1024, 64  # of the held-out text: any context length that divide
 
 # GPT-2 as nanoGPT has it: LayerNorm, learned positions, tied output, no biases (its default), AdamW with cosine to a tenth.
 _GPT2: dict[str, Any] = {
-    "model.norm": "layernorm", "model.activation": "gelu", "model.position": "learned", "model.bias": "false",
-    "model.tie_embeddings": "true", "model.d_ff": None, "training.grad_clip": 1.0,
+    "model.norm": "layernorm", "model.activation": "gelu", "model.position": "learned", "model.bias": False,
+    "model.tie_embeddings": True, "model.d_ff": None, "training.grad_clip": 1.0,
     "optimizer.name": "adamw", "optimizer.weight_decay": 0.1, "optimizer.beta1": 0.9, "schedule.name": "cosine",
 }  # fmt: skip
 # Its config/train_shakespeare_char.py, for a GPU; and what its README says for a CPU (there in 2000 updates).
@@ -40,7 +40,7 @@ BASELINES: dict[str, dict[str, Any]] = {
 }
 # Where the recipe differs: with thousands of ids, what is done for each of them is most of the time.
 RECIPE_CHANGES: dict[str, dict[str, Any]] = {
-    "code": {"model.tie_embeddings": "true", "model.value_embeddings": "false", "model.logit_softcap": None},
+    "code": {"model.tie_embeddings": True, "model.value_embeddings": False, "model.logit_softcap": None},
     "text": {},
 }
 # Muon's rival on the model of the recipe: --figure tune again.

@@ -66,7 +66,10 @@ class Machine:
 
 def words_of(settings: Settings) -> list[str]:
     """The settings as words of the trainer's command line."""
-    return [f"--{key}={'null' if value is None else value}" for key, value in settings.items()]
+    as_yaml = {None: "null", True: "true", False: "false"}
+    return [
+        f"--{key}={as_yaml[value] if value is None or isinstance(value, bool) else value}" for key, value in settings.items()
+    ]
 
 
 def member(pipe: Connection, words: list[str], machine: Machine) -> None:
@@ -113,7 +116,7 @@ class Resident:
         context = multiprocessing.get_context("spawn")
         run_dir = Path(tempfile.mkdtemp(dir=folder))
         settings = {
-            "training.device": "cpu", "training.compile": "false", "training.mixed_precision": machine.precision,
+            "training.device": "cpu", "training.compile": False, "training.mixed_precision": machine.precision,
             **arm.settings, **data, "training.cpu_threads": machine.threads, "training.seed": seed,
             "training.max_iters": max_iters, "evaluation.eval_iters": None, "checkpoint.checkpoint_dir": run_dir,
         }  # fmt: skip

@@ -23,7 +23,7 @@ COOLED = 0.2  # of a horizon
 def final_loss(arm: Arm, data: dict[str, Any], run_dir: Path, seed: int, machine: Machine, more: dict[str, Any]) -> float:
     """The validation loss at the end of a run of the trainer."""
     settings = {
-        "training.device": "cpu", "training.compile": "false", "training.mixed_precision": machine.precision,
+        "training.device": "cpu", "training.compile": False, "training.mixed_precision": machine.precision,
         **arm.settings, **data, "training.cpu_threads": machine.threads, "training.seed": seed,
         "evaluation.eval_iters": None, "evaluation.eval_interval": 10**6, "checkpoint.checkpoint_dir": run_dir,
         "checkpoint.keep_last": None, **more,
