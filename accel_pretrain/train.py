@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,14 +18,7 @@ from accelerate import Accelerator
 
 from accel_pretrain import agent
 from accel_pretrain.branching import FIXED, as_begun, mark_stable, raised_again
-from accel_pretrain.checkpoint import (
-    TrainState,
-    read_facts,
-    read_model_config,
-    read_state,
-    require_optimizer,
-    restore,
-)
+from accel_pretrain.checkpoint import TrainState, read_facts, read_model_config, read_state, require_optimizer, restore
 from accel_pretrain.commit import find_newest, go_back, resolve, sweep
 from accel_pretrain.compiling import resolve_compile
 from accel_pretrain.config import Plan, RunConfig, Splits, flat, make_plan, open_splits, told
@@ -48,14 +42,7 @@ from accel_pretrain.parallel import build_model, fill, prepare
 from accel_pretrain.peers import Peers
 from accel_pretrain.recovery import out_of_memory
 from accel_pretrain.run import TrainingRun
-from accel_pretrain.runtime import (
-    build_accelerator,
-    describe_runtime,
-    few_collections,
-    peak_for,
-    seed_everything,
-    together,
-)
+from accel_pretrain.runtime import build_accelerator, describe_runtime, few_collections, peak_for, seed_everything, together
 from accel_pretrain.saver import Saver
 from accel_pretrain.session import Session, session, watched
 from accel_pretrain.stopping import follow_the_launcher
@@ -82,10 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     with reported():
         words = sys.argv[1:] if argv is None else argv
-        line = parse_command_line(RunConfig, words, flags={"help", "print_config", "lr_find"}, short={"-h": "help"})
+        flags = {"help", "print_config", "lr_find", "find_batch_size"}
+        line = parse_command_line(RunConfig, words, flags=flags, short={"-h": "help"})
         if "help" in line.flags:
             print(USAGE + reference(RunConfig))
             return 0
+        if "find_batch_size" in line.flags:
+            same = shlex.join(["--only", "batch_size", *(word for word in words if word.lstrip("-") != "find_batch_size")])
+            raise ConfigError(f"--find_batch_size: type python -m accel_pretrain.tune {same}")
         line = replace(line, overrides=(*line.overrides, *agent.wishes()))
         if "lr_find" in line.flags:
             return find(load_config(line))

@@ -389,6 +389,7 @@ def test_processes_of_the_planned_run_share_the_cores(monkeypatch: pytest.Monkey
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     assert "tune.budget: must be positive" in refused(tune.main, capsys, "--vocab_size", 100, "--budget", 0)
     assert "type --vocab_size N" in refused(tune.main, capsys)
+    assert refused(train.main, capsys, "--find_batch_size", "--lr", 1).endswith("tune --only batch_size --lr 1\n")
     here = tmp_path / "here.yaml"
     here.write_text("model:\n  vocab_size: 100\n")
     for written, words in {tmp_path / "no" / "x.yaml": "mkdir -p", tmp_path: "is a folder", here: "--config reads"}.items():
