@@ -239,7 +239,10 @@ def read_model(checkpoint: Path) -> Transformer:
     except _DOES_NOT_LOAD as error:
         raise CheckpointError(f"{checkpoint / WEIGHTS} does not fit its {MODEL}: {str(error).splitlines()[0][:300]}") from None
     model.make_tables()
-    model.document_id = _count(read_facts(checkpoint).get("document_id"))
+    facts = (
+        read_facts(checkpoint) if (checkpoint / STATE).is_file() else {}
+    )  # which there is none of while weights are imported
+    model.document_id = _count(facts.get("document_id"))
     return model.eval()
 
 
