@@ -241,7 +241,7 @@ def read_model(checkpoint: Path) -> Transformer:
     model.make_tables()
     facts = (
         read_facts(checkpoint) if (checkpoint / STATE).is_file() else {}
-    )  # which there is none of while weights are imported
+    )  # imported weights have none
     model.document_id = _count(facts.get("document_id"))
     return model.eval()
 
