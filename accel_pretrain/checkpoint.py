@@ -239,9 +239,7 @@ def read_model(checkpoint: Path) -> Transformer:
     except _DOES_NOT_LOAD as error:
         raise CheckpointError(f"{checkpoint / WEIGHTS} does not fit its {MODEL}: {str(error).splitlines()[0][:300]}") from None
     model.make_tables()
-    facts = (
-        read_facts(checkpoint) if (checkpoint / STATE).is_file() else {}
-    )  # imported weights have none
+    facts = read_facts(checkpoint) if (checkpoint / STATE).is_file() else {}  # imported weights have none
     model.document_id = _count(facts.get("document_id"))
     return model.eval()
 
