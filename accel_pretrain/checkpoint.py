@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from accel_pretrain.commit import MANIFEST, STATE, resolve
 from accel_pretrain.errors import CheckpointError, refuse
 from accel_pretrain.guard import Health
-from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.models import ModelConfig, Transformer, hollow
 from accel_pretrain.parallel import load_sharded, local
 from accel_pretrain.peers import Peers
 from accel_pretrain.runtime import together
@@ -232,8 +232,7 @@ def read_model(checkpoint: Path) -> Transformer:
     """
     config = read_model_config(checkpoint)
     assert config.vocab_size is not None
-    with torch.device("meta"):
-        model = Transformer(config, config.vocab_size)
+    model = hollow(config, config.vocab_size)
     try:
         model.load_state_dict(load_file(checkpoint / WEIGHTS), assign=True)
     except _DOES_NOT_LOAD as error:

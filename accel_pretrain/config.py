@@ -18,7 +18,7 @@ from accel_pretrain.checkpoint import CheckpointConfig, TrainState
 from accel_pretrain.data import DataConfig, Windows, turns_of
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.mixture import open_data, paths_of
-from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.models import ModelConfig, hollow
 from accel_pretrain.optim import AdamW, Optimizer
 from accel_pretrain.parallel import ParallelConfig
 from accel_pretrain.runtime import TrainingConfig
@@ -176,8 +176,7 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
     document_id = _document_id(config, splits, problems)
     if problems:
         raise ConfigError(problems)
-    with torch.device("meta"):
-        shape = Transformer(model, vocab_size)
+    shape = hollow(model, vocab_size)
     evaluation = config.evaluation
     return Plan(
         world_size=world_size,

@@ -30,7 +30,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
-from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.models import ModelConfig, Transformer, hollow
 from accel_pretrain.rules import WHOLE, is_share, rows_like, settle_in
 from accel_pretrain.rules import local as local  # through here for everybody else
 from accel_pretrain.typed_yaml import option
@@ -104,8 +104,7 @@ def _offloads(accelerator: Accelerator) -> bool:
 
 def build_model(accelerator: Accelerator, config: ModelConfig, vocab_size: int) -> Transformer:
     """The model as this process holds it, without values yet: :func:`fill` gives them. It never is in memory as a whole."""
-    with torch.device("meta"):
-        module = Transformer(config, vocab_size)
+    module = hollow(config, vocab_size)
     home = accelerator.device
     if accelerator.is_fsdp2:
         _shard(accelerator, module)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from accel_pretrain.errors import ConfigError
-from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.models import ModelConfig, Transformer, hollow
 from accel_pretrain.models.norm import LayerNorm, RMSNorm
 from accel_pretrain.models.rope import rope_table, rotate
 from accel_pretrain.models.transformer import FeedForward
@@ -547,3 +547,14 @@ def test_all_misfits_come_at_once():
 )
 def test_refusals_control_these_fit(arguments: dict[str, Any]):
     ModelConfig(**arguments)
+
+
+def test_a_hollow_model_has_every_shape_and_no_values_and_draws_nothing():
+    config = replace(VARIANTS["gpt2"], dropout=0.1)
+    state = torch.random.get_rng_state()
+    found = hollow(config, 50)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(parameter.is_meta for parameter in found.parameters())
+    whole = Transformer(config, 50)
+    assert not torch.equal(torch.random.get_rng_state(), state)  # control
+    assert {name: own.shape for name, own in found.named_parameters()} == {n: own.shape for n, own in whole.named_parameters()}

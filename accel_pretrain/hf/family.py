@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
-
 from accel_pretrain.errors import CheckpointError
-from accel_pretrain.models import ModelConfig, Transformer
+from accel_pretrain.models import ModelConfig, hollow
 from accel_pretrain.typed_yaml import from_mapping
 
 Keys = Mapping[str, Any]
@@ -97,8 +95,7 @@ ROPE_OPTIONS = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", 
 def names_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all our parameters. ``vocab_size`` must be known."""
     assert config.vocab_size is not None
-    with torch.device("meta"):
-        model = Transformer(config, config.vocab_size)
+    model = hollow(config, config.vocab_size)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
