@@ -26,7 +26,7 @@ BLOCK = 256  # numbers of a row that share a scale
 _SIGNED, _UNSIGNED = 127, 255  # the largest codes
 _IN_CACHE, _AT_ONCE = 1 << 17, 1 << 24  # numbers to decode at a time, on a CPU and on a GPU
 _GOLDEN = 0.6180339887498949  # multiples of it, without their whole parts, fill 0 to 1 evenly
-_POWER_STEPS = 2
+POWER_STEPS = 2
 
 
 def lion_rule(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]) -> None:
@@ -86,6 +86,11 @@ def decode(code_RC: torch.Tensor, scale_RN: torch.Tensor, signed: bool) -> torch
     return x_RNB.mul_(scale_RN.unsqueeze(2)).flatten(1)[:, :columns]
 
 
+def rows_at_once(columns: int, device: str) -> int:
+    """How many rows of 8-bit moments to decode at a time."""
+    return 1 + (_AT_ONCE if device == "cuda" else _IN_CACHE) // columns
+
+
 def adamw8_rule(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]) -> None:
     """AdamW whose moments are decoded for an update, some rows at a time, and encoded again."""
     counts = optimizer.count(group, parameters)
@@ -97,7 +102,7 @@ def adamw8_rule(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]
                 local(own[f"{name}_code"]).fill_(zero)
                 own[f"{name}_scale"] = rows_like(parameter, blocks(parameter.shape[1]), torch.float32)
         weight, gradient, kept = local(parameter), local(parameter.grad), {name: local(own[name]) for name in own}
-        rows = 1 + (_AT_ONCE if weight.device.type == "cuda" else _IN_CACHE) // weight.shape[1]
+        rows = rows_at_once(weight.shape[1], weight.device.type)
         for part in (slice(first, first + rows) for first in range(0, len(weight), rows)):
             mean = decode(kept["mean_code"][part], kept["mean_scale"][part], signed=True)
             square = decode(kept["square_code"][part], kept["square_scale"][part], signed=False)
@@ -152,7 +157,7 @@ def _basis(parameter: torch.Tensor, gradient_RC: torch.Tensor, basis_Cr: torch.T
     """The leading right singular vectors, by power steps from what they were: no decomposition of a matrix is needed, and
     of one that is shared out only products are sent (Vogels et al. 2019, "PowerSGD"). Collective where it is shared out.
     """
-    for _ in range(_POWER_STEPS):
+    for _ in range(POWER_STEPS):
         basis_Cr = gradient_RC.mT @ (gradient_RC @ basis_Cr)
         if is_share(parameter):
             mesh = parameter.device_mesh  # type: ignore[attr-defined]

@@ -280,14 +280,15 @@ def _scales(config: _Adam | Lion) -> dict[str, float]:
     return {"embedding": config.embedding_lr_scale, "head": config.head_lr_scale}
 
 
-def _hollow(config: ModelConfig, vocab_size: int) -> Transformer:
+def hollow(config: ModelConfig, vocab_size: int) -> Transformer:
+    """The model without numbers: names and shapes."""
     with torch.device("meta"):
         return Transformer(config, vocab_size)
 
 
 def kept_per_weight(optimizer: Optimizer, config: ModelConfig, vocab_size: int) -> float:
     """What the optimizer keeps of a model, in float32 numbers per parameter."""
-    model = _hollow(config, vocab_size)
+    model = hollow(config, vocab_size)
     groups = optimizer.groups(model)
     kept = sum(optimizer.moments(group, own) * own.numel() for group in groups for own in group["params"])
     return kept / sum(own.numel() for own in model.parameters())
@@ -295,7 +296,7 @@ def kept_per_weight(optimizer: Optimizer, config: ModelConfig, vocab_size: int) 
 
 def describe_groups(optimizer: Optimizer, config: ModelConfig, vocab_size: int) -> list[str]:
     """A line for each group of parameters: what is in it, how much, its rule, its learning rate and its decay."""
-    model = _hollow(config, vocab_size)
+    model = hollow(config, vocab_size)
     kinds = {id(own): kind_of(name, own) for name, own in model.named_parameters()}
     lines = []
     for group in optimizer.groups(model):
