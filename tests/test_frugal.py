@@ -13,7 +13,7 @@ from torch import nn
 from accel_pretrain import frugal
 from accel_pretrain.frugal import BLOCK, decode, encode
 from accel_pretrain.models import ModelConfig, Transformer
-from accel_pretrain.optim import AdamW, AdamW8, GaLore, Lion, Muon, Optimizer, describe_groups, kept_per_weight
+from accel_pretrain.optim import AdamW, AdamW8, GaLore, Lion, Muon, Optimizer, describe_groups, kept_per_weight, problems
 from tests.running import TINY, Train, assert_same_bits, losses, newest, run_processes
 
 MODERN = ModelConfig(
@@ -165,6 +165,20 @@ def test_galore_of_full_rank_is_adamw_turned() -> None:
     module, _ = trained(GaLore(lr=0.01, weight_decay=0.0, projection_rank=1, projection_interval=3), one)
     lengths = moved(module).norm(dim=1)
     assert lengths == pytest.approx(torch.full((20,), 0.1), rel=1e-3)  # ten updates of 0.01 for every row
+
+
+@pytest.mark.parametrize(("width", "rank"), [(64, 16), (72, 24), (16, 5), (2, 1)])
+def test_the_rank_is_a_third_of_the_width(width: int, rank: int) -> None:
+    config = ModelConfig(context_length=8, d_model=width, num_layers=1, num_heads=1, d_ff=4 * width)
+    assert GaLore().groups(Transformer(config, 96))[0]["rank"] == rank
+    assert kept_per_weight(GaLore(), config, 96) < 1.6  # of AdamW's 2
+    assert problems(GaLore(), config, 96) == problems(GaLore(projection_rank=rank), config, 96) == []
+
+
+@pytest.mark.parametrize("rank", [63, 64, 128])
+def test_a_rank_that_saves_nothing_is_refused(rank: int) -> None:
+    (line,) = problems(GaLore(projection_rank=rank), MODERN, 96)
+    assert line == f"optimizer.projection_rank {rank}: keeps no less than AdamW of this model; type --projection_rank null"
 
 
 # ------------------------------------------------------------------------------------------------------- groups and state

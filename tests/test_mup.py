@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.models.mup import init_scale, lr_scale
-from accel_pretrain.optim import AdamW, Muon, Optimizer
+from accel_pretrain.optim import SGD, AdamW, GaLore, Muon, Optimizer, problems
+from accel_pretrain.outlook import look_ahead
 from benchmarks.mup import best_of, coordinates
 
 WIDE = ModelConfig(
@@ -53,6 +55,20 @@ def test_what_begins_smaller_in_a_wide_model() -> None:
 def test_tied_embeddings_are_refused() -> None:
     with pytest.raises(ConfigError, match="type --tie_embeddings false"):
         ModelConfig(tie_embeddings=True, mup_base_width=64)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "typed"),
+    [(SGD(), "type --optimizer.name adamw"), (GaLore(projection_rank=16), "type --projection_rank null")],
+    ids=lambda own: getattr(own, "name", ""),
+)
+def test_optimizers_that_do_not_scale_are_refused(optimizer: Optimizer, typed: str) -> None:
+    (line,) = problems(optimizer, WIDE, 32)
+    assert line.endswith(typed)
+    assert problems(optimizer, replace(WIDE, mup_base_width=None), 32) == []
+    assert problems(GaLore(), WIDE, 32) == problems(AdamW(), WIDE, 32) == []
+    with pytest.raises(ConfigError, match=typed):
+        look_ahead(RunConfig(model=replace(WIDE, vocab_size=32), optimizer=optimizer), None)
 
 
 @pytest.mark.parametrize(
