@@ -13,7 +13,8 @@ from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.models.mup import init_scale, lr_scale
 from accel_pretrain.optim import SGD, AdamW, GaLore, Muon, Optimizer, problems
 from accel_pretrain.outlook import look_ahead
-from benchmarks.mup import best_of, coordinates
+from benchmarks.mup import best_of, coordinates, verdict
+from benchmarks.optimizers import bracketed
 
 WIDE = ModelConfig(
     context_length=8, d_model=256, num_layers=1, num_heads=4, d_ff=None, mup_base_width=64, value_embeddings=True
@@ -87,3 +88,12 @@ def test_the_best_rate_is_between_those_that_were_tried() -> None:
     losses = {2.0**k: (k + 6.3) ** 2 for k in (-8, -7, -6, -5)}
     assert best_of(losses) == pytest.approx(2.0**-6.3, rel=1e-6)
     assert best_of({1.0: 1.0, 2.0: 2.0}) == 1.0
+
+
+def test_a_best_rate_at_the_edge_is_said_to_be_one() -> None:
+    inner, edge = {1.0: 2.0, 2.0: 1.0, 4.0: 2.0}, {1.0: 3.0, 2.0: 2.0, 4.0: 1.0}
+    assert verdict({64: inner, 512: inner}) == "best lr: 2 and 2, 1.00x apart"
+    assert verdict({64: inner, 512: edge}) == "best lr: 2 and 4 (at the edge of the grid: not bracketed)"
+    assert bracketed(inner)
+    assert not bracketed(edge)
+    assert not bracketed({1.0: 1.0})
