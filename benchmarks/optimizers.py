@@ -3,8 +3,8 @@
 A small Transformer learns the bytes of the Python standard library's source code. Every optimizer has the same model, batches
 and schedule (linear warm-up, then linear to nearly 0), and the best of its learning rates, AdamW's too; the table gives the
 validation loss of that one, mean and standard error over the seeds. Muon then runs with a part of AdamW's updates and the
-schedule for that many: the least part that comes as low is its share of tokens. A best rate that is the first or the last is said to be so: a better one may lie
-beyond, and Muon's share is not looked for. On a CPU, 10 to 50 minutes.
+schedule for that many: the least part that comes as low is its share of tokens. A best rate that is the first or the last is
+said to be so: a better one may lie beyond, and Muon's share is not looked for. On a CPU, 10 to 50 minutes.
 """
 
 from __future__ import annotations

@@ -248,11 +248,11 @@ def test_what_other_updates_need(optimizer: Optimizer):
     load = with_update(Workload(model=model, vocab_size=VOCAB, batch_size=1), optimizer)
     module = Transformer(model, VOCAB)
     built = optimizer.build(module)
-    for _ in range(2):
-        for parameter in module.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            built.step()
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    built.step()  # makes the moments
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        built.step()
     assert most_allocated(profiler) == pytest.approx(load.update_bytes, rel=0.05, abs=100)
 
 
