@@ -18,7 +18,7 @@ network. Each of the constants below is an assumption that stands here and nowhe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accel_pretrain.estimates import FP32, Workload, block_parameters, flops_per_token
 from accel_pretrain.hardware import Machine
@@ -81,12 +81,17 @@ def modelled_micro_step(load: Workload, machine: Machine) -> float | None:
 
 
 def optimizer_seconds(load: Workload, machine: Machine) -> float | None:
-    """Clipping and the update read and write every number of the state a few times: bound by memory bandwidth."""
+    """Clipping and the update read and write every number of the state a few times: bound by memory bandwidth.
+
+    Muon and GaLore multiply matrices as well, as fast as a compiled model does.
+    """
     if machine.memory_bandwidth is None:
         return None
     touched = FP32 * (2 + 3 + 2 * load.moments)  # norm and scaling of the gradient; weight, gradient, moments; written back
     shard = 1 if load.strategy == "ddp" else load.world_size
-    return touched * load.parameters / shard / machine.memory_bandwidth
+    rate = achievable(replace(load, compiled=True), machine)
+    products = 0.0 if rate is None else load.update_flops / rate
+    return touched * load.parameters / shard / machine.memory_bandwidth + products
 
 
 def step_time(load: Workload, machine: Machine, micro_step: float, optimizer: float) -> StepTime | None:

@@ -20,6 +20,7 @@ from accel_pretrain.errors import ConfigError
 from accel_pretrain.mixture import open_data, paths_of
 from accel_pretrain.models import ModelConfig, hollow
 from accel_pretrain.optim import AdamW, Optimizer
+from accel_pretrain.optim import problems as optimizer_problems
 from accel_pretrain.parallel import ParallelConfig
 from accel_pretrain.runtime import TrainingConfig
 from accel_pretrain.schedule import Cosine, Schedule
@@ -172,6 +173,7 @@ def make_plan(config: RunConfig, splits: Splits, world_size: int, done: TrainSta
     samples = warmup.consumed_after(max_iters)
     problems += debug_problems(config.debug, max_iters - done.step, training.on_spike)
     problems += (f"schedule.{problem}" for problem in config.schedule.problems(config.optimizer.lr, max_iters))
+    problems += optimizer_problems(config.optimizer, model, vocab_size)
     problems += _tokenizer_problems(config, splits)
     document_id = _document_id(config, splits, problems)
     if problems:

@@ -96,6 +96,8 @@ class Workload:
     world_size: int = 1
     checkpointing: str = "none"  # none, selective or full: training.activation_checkpointing
     chunked: bool = False  # training.chunked_loss; a CPU takes its own where that pays
+    update_bytes: int = 0  # that the optimizer needs for a while, and its operations in products of matrices, both by
+    update_flops: float = 0.0  # update_costs
 
     @property
     def tokens(self) -> int:
@@ -260,11 +262,11 @@ def tables(load: Workload) -> int:
 def memory(load: Workload) -> Memory:
     """The fullest moment of an update on one device.
 
-    Three moments can be it: the loss (all activations and three times the logits, or a chunk of them and the gradients at the
-    output), the output matrix's gradient (all activations, one gradient of the logits, and that matrix's), and the update (all
-    gradients); where blocks are computed again, also the moment when the last or the first block was. Gradients exist
-    throughout where they are accumulated, beside the buckets of DDP, which stand from the first update on; else they come as
-    the activations go.
+    Four moments can be it: the loss (all activations and three times the logits, or a chunk of them and the gradients at the
+    output), the output matrix's gradient (all activations, one gradient of the logits, and that matrix's), the end (all
+    gradients) and the update (what the optimizer computes, too); where blocks are computed again, also the last or the first.
+    Gradients exist throughout where they are accumulated, beside the buckets of DDP, which stand from the first update on;
+    else they come as the activations go.
     """
     shard = load.world_size if load.strategy != "ddp" else 1
     weights = FP32 * load.parameters
@@ -293,6 +295,7 @@ def memory(load: Workload) -> Memory:
         Memory("the loss", {**standing, "gradients": early + known, **forward, "logits": logits(load)}),
         Memory("the gradient of the output", {**standing, "gradients": early + max(known, output), **forward, "logits": head}),
         Memory("the end of the backward pass", {**standing, "gradients": gradients + again}),
+        Memory("the update", {**standing, "gradients": min(gradients, weights // shard), "the update": load.update_bytes}),
     ]
     if load.checkpointing != "none":
         beneath = gradients if early or load.world_size > 1 else gradients - FP32 * _matrices_of_block(load)

@@ -7,6 +7,11 @@
 | galore | AdamW's moments of a projection of the gradient to ``rank`` columns | Zhao et al. 2024, algorithm 2 |
 
 All that is kept of a matrix is shared out by its rows, as the matrix is, but for GaLore's projection: that all have whole.
+Products over shares are added up in another order, and orthogonal columns differ more than what they span: with another number
+of processes GaLore's moments may differ by a thousandth, while losses agree.
+
+Eight bits tell less apart beside large neighbours in a block: of weights whose gradients are noise, a hundredth to a millionth
+as large as the neighbours', adamw8 moved them at most 2.2 times as far as AdamW in 1,000 updates (root mean square).
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ BLOCK = 256  # numbers of a row that share a scale
 _SIGNED, _UNSIGNED = 127, 255  # the largest codes
 _IN_CACHE, _AT_ONCE = 1 << 17, 1 << 24  # numbers to decode at a time, on a CPU and on a GPU
 _GOLDEN = 0.6180339887498949  # multiples of it, without their whole parts, fill 0 to 1 evenly
-_POWER_STEPS = 2
+POWER_STEPS = 2
 
 
 def lion_rule(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]) -> None:
@@ -47,20 +52,24 @@ def encode(x_RC: torch.Tensor, signed: bool, step: int) -> tuple[torch.Tensor, t
 
     With code c in [0, 1], a number is scale c^2 (with a sign), or scale c^4: powers, because moments of one row differ by
     orders of magnitude. Rounding is up or down by turns of ``step``, so that changes smaller than a code add up in the end.
-    Nothing but 0 becomes 0: a mean of squares must not vanish beside the mean of what was squared.
+    A mean is right on average, and may become 0: one that did not would move its weight for ever. Of squares nothing but 0
+    becomes 0: they must not vanish beside the mean of what was squared.
     """
     columns = x_RC.shape[1]
     width, top = min(BLOCK, columns), _SIGNED if signed else _UNSIGNED
     x_RNB = F.pad(x_RC, (0, -columns % width)).unflatten(1, (-1, width))
     size_RNB = x_RNB.abs()
     scale_RN1 = size_RNB.amax(2, keepdim=True)
-    zeros_RNB = size_RNB == 0
+    zeros_RNB = None if signed else size_RNB == 0
     code_RNB = size_RNB.div_(scale_RN1.clamp(min=1e-38)).sqrt_()
-    code_RNB = code_RNB if signed else code_RNB.sqrt_()
+    code_RNB = (code_RNB if signed else code_RNB.sqrt_()).mul_(top)
     turn_B = (torch.arange(width, device=x_RC.device) * _GOLDEN + step * _GOLDEN**2) % 1
-    code_RNB = code_RNB.mul_(top).add_(turn_B).floor_().clamp_(min=1, max=top).masked_fill_(zeros_RNB, 0)
-    if signed:
-        code_RNB = code_RNB.copysign_(x_RNB).add_(128)
+    if zeros_RNB is None:
+        below_RNB = code_RNB.floor()
+        share_RNB = code_RNB.square_().sub_(below_RNB.square()).div_(2 * below_RNB + 1)  # of the way to the next number
+        code_RNB = share_RNB.add_(turn_B).floor_().add_(below_RNB).clamp_(max=top).copysign_(x_RNB).add_(128)
+    else:
+        code_RNB = code_RNB.add_(turn_B).floor_().clamp_(min=1, max=top).masked_fill_(zeros_RNB, 0)
     return code_RNB.to(torch.uint8).flatten(1)[:, :columns], scale_RN1.squeeze(2)
 
 
@@ -77,6 +86,11 @@ def decode(code_RC: torch.Tensor, scale_RN: torch.Tensor, signed: bool) -> torch
     return x_RNB.mul_(scale_RN.unsqueeze(2)).flatten(1)[:, :columns]
 
 
+def rows_at_once(columns: int, device: str) -> int:
+    """How many rows of 8-bit moments to decode at a time."""
+    return 1 + (_AT_ONCE if device == "cuda" else _IN_CACHE) // columns
+
+
 def adamw8_rule(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]) -> None:
     """AdamW whose moments are decoded for an update, some rows at a time, and encoded again."""
     counts = optimizer.count(group, parameters)
@@ -88,7 +102,7 @@ def adamw8_rule(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]
                 local(own[f"{name}_code"]).fill_(zero)
                 own[f"{name}_scale"] = rows_like(parameter, blocks(parameter.shape[1]), torch.float32)
         weight, gradient, kept = local(parameter), local(parameter.grad), {name: local(own[name]) for name in own}
-        rows = 1 + (_AT_ONCE if weight.device.type == "cuda" else _IN_CACHE) // weight.shape[1]
+        rows = rows_at_once(weight.shape[1], weight.device.type)
         for part in (slice(first, first + rows) for first in range(0, len(weight), rows)):
             mean = decode(kept["mean_code"][part], kept["mean_scale"][part], signed=True)
             square = decode(kept["square_code"][part], kept["square_scale"][part], signed=False)
@@ -143,7 +157,7 @@ def _basis(parameter: torch.Tensor, gradient_RC: torch.Tensor, basis_Cr: torch.T
     """The leading right singular vectors, by power steps from what they were: no decomposition of a matrix is needed, and
     of one that is shared out only products are sent (Vogels et al. 2019, "PowerSGD"). Collective where it is shared out.
     """
-    for _ in range(_POWER_STEPS):
+    for _ in range(POWER_STEPS):
         basis_Cr = gradient_RC.mT @ (gradient_RC @ basis_Cr)
         if is_share(parameter):
             mesh = parameter.device_mesh  # type: ignore[attr-defined]

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from accel_pretrain.optim import SGD, AdamW, Lion
+from accel_pretrain.models import ModelConfig
+from accel_pretrain.optim import SGD, AdamW, Lion, Muon
 from accel_pretrain.outlook import Outlook, critical_batch, first_loss
 from accel_pretrain.schedule import Constant, WarmupStableDecay
 
@@ -88,6 +89,11 @@ def optimizer(o: Outlook) -> Findings:
     if isinstance(config, SGD):
         text = "optimizer.name sgd: Transformers train slowly with it (Zhang et al. 2020)"
         yield Finding("sgd", text, "type --optimizer.name adamw", serious=False)
+    if isinstance(config, Muon) and o.flops > WORTH_PLANNING:
+        own = o.load.update_flops / (o.load.tokens * o.load.accumulation * o.plan.flops_per_token)
+        if own > 1 / 4:
+            text = f"optimizer.name muon: making matrices orthogonal takes {own:.2g} times the operations of so few tokens"
+            yield Finding("muon_costly", text, "type --optimizer.name adamw, or a larger --batch_size", serious=False)
     if isinstance(config, SGD | Lion):
         return
     if config.beta1 > config.beta2:
@@ -167,6 +173,7 @@ def shape(o: Outlook) -> Findings:
     if model.mup_base_width is not None and model.ff_width != 4 * model.d_model and model.d_ff is not None:
         text = f"model.d_ff {model.d_ff}: with mup_base_width it has to grow as d_model does"
         yield Finding("mup_d_ff", text, "type --d_ff null", serious=False)
+    yield from _mup_heads(model)
     if model.init_std > 0.1 or model.init_std < 1e-3:
         text = f"model.init_std {model.init_std:g}: usual is 0.006 to 0.02"
         yield Finding("init_std", text, "type --init_std 0.02")
@@ -186,6 +193,18 @@ def shape(o: Outlook) -> Findings:
             yield Finding(f"{key}_low", text, f"type --{key} {usual_cap}")
     if model.dropout > 0.5:
         yield Finding("dropout_high", f"model.dropout {model.dropout:g} drops most of the signal", "type --dropout 0.1")
+
+
+def _mup_heads(model: ModelConfig) -> Findings:
+    """Heads that have grown with the model, it seems: nobody has said how wide they are, and they are wider than is usual."""
+    base, width = model.mup_base_width or model.d_model, model.head_width
+    if base == model.d_model or model.head_dim is not None or (width <= 64 and base % width == 0):
+        return
+    once = base // model.num_heads if base % model.num_heads == 0 else 64
+    own = max(2, once if model.d_model % once == 0 else math.gcd(model.d_model, base))
+    text = f"model.num_heads {model.num_heads}: heads are {width} wide; with mup_base_width they are to be as at width {base}"
+    words = f"--num_heads {model.d_model // own}" + ("" if model.num_kv_heads is None else " --num_kv_heads null")
+    yield Finding("mup_heads", text, f"type --head_dim {own} {words}, or --head_dim {width} if they were", serious=False)
 
 
 def amounts(o: Outlook) -> Findings:

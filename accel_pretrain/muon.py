@@ -11,7 +11,7 @@ large as AdamW's, so that its learning rate and decay carry over, and one rate s
 
 ``torch.optim.Muon`` does the same to one matrix (a test compares). This one takes equally shaped matrices together, which is
 faster, knows shares of matrices, and shares out its work over processes: each makes some of the matrices orthogonal, and
-sends the result to the others.
+sends the result to the others. Of many matrices it takes some at a time, so that it needs little memory.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ POLAR_EXPRESS: Polynomials = tuple(
 )
 JORDAN: Polynomials = ((3.4445, -4.7750, 2.0315),) * 5  # the first that were used, and torch's
 _EPS = 1e-7
+CHUNK_BYTES = 64 << 20  # of float32 matrices to update together, at least one matrix: an update needs a few times that
 
 
 def orthogonal(x_NRC: torch.Tensor, polynomials: Polynomials = POLAR_EXPRESS) -> torch.Tensor:
@@ -60,28 +61,47 @@ def orthogonal(x_NRC: torch.Tensor, polynomials: Polynomials = POLAR_EXPRESS) ->
 def muon_rule(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]) -> None:
     """One update of matrices, all of them whole or all of them shared out by rows."""
     optimizer.count(group, parameters)
+    alike: dict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        alike[tuple(parameter.shape)].append(parameter)
+    for shape, same in alike.items():
+        mesh = same[0].device_mesh if is_share(same[0]) else None  # type: ignore[attr-defined]
+        processes, holders = (mesh.size(), mesh.size()) if mesh is not None else (group["processes"], 1)
+        size = at_a_time(shape, processes, holders)
+        for first in range(0, len(same), size):
+            _update(optimizer, group, same[first : first + size])
+
+
+def at_a_time(shape: tuple[int, ...], processes: int, holders: int) -> int:
+    """How many matrices to update together, a multiple of the processes that share the work; ``holders`` hold rows of each."""
+    held = 4 * -(-shape[0] // holders) * shape[1]
+    return processes * max(1, CHUNK_BYTES // (held * processes))
+
+
+def _update(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]) -> None:
+    """That of some matrices of one shape."""
+    first, rate = parameters[0], optimizer.rate(group)
+    own_NRC = _ahead(optimizer, group, parameters)
+    if is_share(first):
+        update_NRC = _of_shares(own_NRC, first)
+    elif group["processes"] > 1:
+        update_NRC = _shared_out(own_NRC, group["processes"])
+    else:
+        update_NRC = orthogonal(own_NRC)
+    del own_NRC
+    update_NRC = update_NRC.to(first.dtype).mul_(rate * 0.2 * math.sqrt(max(first.shape)))
+    weights = [local(parameter) for parameter in parameters]
+    torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_sub_(weights, list(update_NRC.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _ahead(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Move the momenta on; what is to be made orthogonal, of all matrices together."""
     momenta, momentum = optimizer.moments(parameters, "momentum_buffer"), group["momentum"]
     gradients = optimizer.gradients(parameters, unless=momenta)
     torch._foreach_lerp_(momenta, gradients, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
-    ahead = torch._foreach_lerp(gradients, momenta, momentum)  # pyright: ignore[reportPrivateImportUsage]
-    dtype = torch.bfloat16 if group["precision"] == "bf16" else torch.float32
-    rate = optimizer.rate(group)
-    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number, parameter in enumerate(parameters):
-        alike[tuple(parameter.shape)].append(number)
-    for shape, numbers in alike.items():
-        own_NRC = torch.stack([ahead[number] for number in numbers]).to(dtype)
-        first = parameters[numbers[0]]
-        if is_share(first):
-            update_NRC = _of_shares(own_NRC, first)
-        elif group["processes"] > 1:
-            update_NRC = _shared_out(own_NRC, group["processes"])
-        else:
-            update_NRC = orthogonal(own_NRC)
-        update_NRC = update_NRC.to(first.dtype) * (rate * 0.2 * math.sqrt(max(shape)))
-        weights = [local(parameters[number]) for number in numbers]
-        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_sub_(weights, list(update_NRC.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+    together_NRC = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))  # pyright: ignore[reportPrivateImportUsage]
+    return together_NRC.to(torch.bfloat16 if group["precision"] == "bf16" else torch.float32)
 
 
 def _shared_out(x_NRC: torch.Tensor, processes: int) -> torch.Tensor:

@@ -214,25 +214,27 @@ class GaLore:
     beta1: float = option(0.9, "decay of the mean of gradients")
     beta2: float = option(0.95, "decay of the mean of squared gradients")
     eps: float = option(1e-8, "added to the root of the mean of squared gradients")
-    projection_rank: int = option(128, "dimensions that are left of each row of a matrix; smaller matrices follow AdamW")
+    projection_rank: int | None = option(
+        None, "dimensions that are left of each row of a matrix; smaller matrices follow AdamW; null: d_model / 3"
+    )
     projection_interval: int = option(50, "updates after which these dimensions are chosen anew")
     embedding_lr_scale: float = option(1.0, _EMBEDDING_DOC)
     head_lr_scale: float = option(1.0, _HEAD_DOC)
 
     def __post_init__(self) -> None:
         counts = {"projection_rank": self.projection_rank, "projection_interval": self.projection_interval}
-        few = [(count < 1, f"{name}: must be at least 1, got {count}") for name, count in counts.items()]
+        few = [(count is not None and count < 1, f"{name}: must be at least 1, got {count}") for name, count in counts.items()]
         refuse(*_common_checks(self), *_adam_checks(self), *few)
 
     def groups(self, model: nn.Module) -> list[Group]:
-        own = {"rule": "galore", "rank": self.projection_rank, "interval": self.projection_interval}
+        rank = self.projection_rank or _third(model)
+        own = {"rule": "galore", "rank": rank, "interval": self.projection_interval}
         own |= {"betas": (self.beta1, self.beta2), "eps": self.eps}
-        return decay_groups(
-            model, self.weight_decay, self.lr, _scales(self), lambda _, own_: own if self._projects(own_) else _adam(self)
-        )
 
-    def _projects(self, parameter: torch.Tensor) -> bool:
-        return parameter.ndim == 2 and min(parameter.shape) > self.projection_rank
+        def rule(kind: str, parameter: torch.Tensor) -> Group:
+            return own if parameter.ndim == 2 and min(parameter.shape) > rank else _adam(self)
+
+        return decay_groups(model, self.weight_decay, self.lr, _scales(self), rule)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return ByRules(self.groups(model), {"galore": frugal.galore_rule, "adamw": adamw_rule})
@@ -241,7 +243,14 @@ class GaLore:
         if group["rule"] == "adamw":
             return 2.0
         R, C = parameter.shape
-        return self.projection_rank * (2 / C + 1 / R)
+        return group["rank"] * (2 / C + 1 / R)
+
+
+def _third(model: nn.Module) -> int:
+    """A third of the width of a model, a multiple of 8 where it can be."""
+    narrow = [min(own.shape) for own in model.parameters() if own.ndim == 2]
+    third = max(1, (model.config.d_model if isinstance(model, Transformer) else min(narrow)) // 3)
+    return third - third % 8 if third >= 8 else third
 
 
 Optimizer = AdamW | SGD | Muon | Lion | AdamW8 | GaLore
@@ -278,6 +287,21 @@ def _adam_checks(config: _Adam) -> list[tuple[bool, str]]:
 
 def _scales(config: _Adam | Lion) -> dict[str, float]:
     return {"embedding": config.embedding_lr_scale, "head": config.head_lr_scale}
+
+
+def problems(optimizer: Optimizer, config: ModelConfig, vocab_size: int) -> list[str]:
+    """What an optimizer cannot do for a model."""
+    found, base = [], config.mup_base_width
+    if base is not None and isinstance(optimizer, SGD):
+        found.append(f"model.mup_base_width {base}: its rates are not those of sgd; type --optimizer.name adamw")
+    if not isinstance(optimizer, GaLore) or (rank := optimizer.projection_rank) is None:
+        return found
+    if base is not None:
+        fixed = f"optimizer.projection_rank {rank}: with mup_base_width it has to grow as d_model does"
+        found.append(f"{fixed}; type --projection_rank null")
+    elif kept_per_weight(optimizer, config, vocab_size) >= 2:
+        found.append(f"optimizer.projection_rank {rank}: keeps no less than AdamW of this model; type --projection_rank null")
+    return found
 
 
 def kept_per_weight(optimizer: Optimizer, config: ModelConfig, vocab_size: int) -> float:

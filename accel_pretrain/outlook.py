@@ -24,6 +24,7 @@ from accel_pretrain.probe import probe
 from accel_pretrain.runtime import resolve_precision
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.typed_yaml import CommandLine, Entry, load, to_plain
+from accel_pretrain.update_costs import with_update
 
 T = TypeVar("T", bound=RunConfig)
 
@@ -172,13 +173,14 @@ def workload(config: RunConfig, plan: Plan, device: str) -> Workload:
     """What one process of a run has to carry. What a launcher may ask for is not known here."""
     moments = kept_per_weight(config.optimizer, config.model, plan.vocab_size)
     flops = plan.flops_per_token * plan.tokens / plan.world_size
-    return Workload(
+    load = Workload(
         model=config.model, vocab_size=plan.vocab_size, batch_size=plan.batch_size, accumulation=plan.accumulation,
         precision=precision_of(config, device), device="cpu" if device == "cpu" else "cuda",
         compiled=wants_compile(config.training, flops, device), checkpointing=config.training.activation_checkpointing,
         moments=moments, strategy=config.parallel.strategy or "ddp", world_size=plan.world_size,
         chunked=config.training.chunked_loss,
     )  # fmt: skip
+    return with_update(load, config.optimizer)
 
 
 def precision_of(config: RunConfig, device: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import nn
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.optim import AdamW, Muon, Optimizer, set_lr
 from accel_pretrain.rules import settle_in
-from benchmarks.optimizers import VOCAB, B, batch, corpus, nats, shape, train
+from benchmarks.optimizers import NOT_BRACKETED, VOCAB, B, batch, bracketed, corpus, nats, shape, train
 
 BASE = 64
 PARTS = ("layers.1.self_attn.o_proj", "layers.1.mlp.down_proj", "lm_head")
@@ -76,12 +77,20 @@ def best_of(losses: dict[float, float]) -> float:
     return math.exp(x[1] + (x[1] - x[0]) * (left - right) / (2 * bend)) if bend > 0 else rates[at]
 
 
+def verdict(losses: Mapping[int, dict[float, float]]) -> str:
+    """The best rate of each width; how far they are apart, if each lies between worse ones."""
+    bests = {width: best_of(own) for width, own in losses.items()}
+    edges = {width: "" if bracketed(own) else f" ({NOT_BRACKETED})" for width, own in losses.items()}
+    line = "best lr: " + " and ".join(f"{best:.2g}{edges[width]}" for width, best in bests.items())
+    return line if any(edges.values()) else f"{line}, {max(bests.values()) / min(bests.values()):.2f}x apart"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="*", default=[64, 128, 256, 512])
     parser.add_argument("--updates", type=int, default=150)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--rates", type=float, nargs="*", default=[2.0**-k for k in (10, 9, 8, 7, 6)])
+    parser.add_argument("--rates", type=float, nargs="*", default=[2.0**-k for k in (11, 10, 9, 8, 7, 6, 5)])
     parser.add_argument("--check_only", action="store_true", help="only the coordinate check: a minute")
     parser.add_argument("--plot", type=Path, help="draw both there, as a PNG")
     words = parser.parse_args()
@@ -101,8 +110,7 @@ def main() -> None:
                 own[rate] = train(model_of(width, scaled), replace(plain, lr=rate), words.updates, seed=0).loss
                 print(f"{'muP' if scaled else 'as it is'}, width {width}, lr {rate:.2g}: {own[rate]:.4f}", flush=True)
             losses[scaled][width] = own
-        bests = [best_of(own) for own in losses[scaled].values()]
-        print(f"best lr: {' and '.join(f'{best:.2g}' for best in bests)}, {max(bests) / min(bests):.2f}x apart", flush=True)
+        print(verdict(losses[scaled]), flush=True)
     if words.plot:
         draw(words.plot, moved, losses)
 

@@ -11,7 +11,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from accel_pretrain.cluster import BUCKET_BYTES, LINK_SHARE, sent_bytes, step_time
+from accel_pretrain import muon
+from accel_pretrain.cluster import BUCKET_BYTES, LINK_SHARE, optimizer_seconds, sent_bytes, step_time
 from accel_pretrain.config import RunConfig
 from accel_pretrain.estimates import (
     Workload,
@@ -27,11 +28,13 @@ from accel_pretrain.estimates import (
 )
 from accel_pretrain.hardware import HARDWARE, Machine, free_disk, free_memory, here
 from accel_pretrain.models import ModelConfig, Transformer, cpu_loss, head_loss
-from accel_pretrain.optim import SGD, AdamW
+from accel_pretrain.optim import SGD, AdamW, AdamW8, GaLore, Lion, Muon, Optimizer, kept_per_weight
 from accel_pretrain.outlook import critical_batch, first_loss
 from accel_pretrain.peaks import peak_of
 from accel_pretrain.probe import probe
+from accel_pretrain.rules import settle_in
 from accel_pretrain.typed_yaml import load
+from accel_pretrain.update_costs import newton_schulz_flops, with_update
 from tests.running import REPO
 from tests.test_config import PUBLISHED_SIZES
 
@@ -151,12 +154,23 @@ def test_activations_are_what_autograd_keeps(name: str, precision: str):
     assert kept_by_autograd(model, 3, precision) == pytest.approx(expected, rel=0.001)
 
 
-def peak_of_allocator(load: Workload) -> int:
+def most_allocated(profiler: profile) -> int:
+    """Bytes beyond what there was at first."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+        most = max(most, now)
+    return most
+
+
+def peak_of_allocator(load: Workload, kind: Optimizer | None = None) -> int:
     """The most bytes that PyTorch had allocated during two updates, parameters and tables included."""
     module = new_model(load.model) if load.vocab_size == VOCAB else Transformer(load.model, load.vocab_size)
     module.recompute(load.checkpointing)  # type: ignore[arg-type]
     module.chunked_loss = load.chunked
-    optimizer = AdamW().build(module)
+    optimizer = (kind or AdamW()).build(module)
+    settle_in(optimizer, load.precision, 1)
     standing = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     batch = torch.randint(load.vocab_size, (load.batch_size, load.model.context_length + 1))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -169,12 +183,7 @@ def peak_of_allocator(load: Workload) -> int:
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
-        most = max(most, now)
-    return standing + most
+    return standing + most_allocated(profiler)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +221,57 @@ def test_the_peak_of_a_loss_in_chunks(monkeypatch: pytest.MonkeyPatch, name: str
     assert peak_of_allocator(load) == pytest.approx(memory(load).total, rel=0.02)
     if rows == 100:  # control
         assert memory(plain).total > 1.1 * memory(load).total
+
+
+DEEP = dataclasses.replace(SHORT, num_layers=6, num_heads=1, head_dim=96, d_ff=384)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("model", [DEEP, dataclasses.replace(DEEP, d_ff=32)], ids=["wide", "square"])
+def test_the_peak_of_muons_update(monkeypatch: pytest.MonkeyPatch, model: ModelConfig, precision: str):
+    plain = Workload(model=model, vocab_size=VOCAB, batch_size=1, precision=precision)
+    plain = dataclasses.replace(plain, moments=kept_per_weight(Muon(), model, VOCAB))
+    load = with_update(plain, Muon())
+    assert memory(load).moment == "the update"
+    whole = peak_of_allocator(load, Muon())
+    assert whole == pytest.approx(memory(load).total, rel=0.01)
+    assert whole > 1.1 * memory(plain).total  # control: without what the update needs
+    monkeypatch.setattr(muon, "CHUNK_BYTES", 4 * 96 * 96 * 5)
+    less = peak_of_allocator(load, Muon())
+    assert less < 0.9 * whole
+    assert less == pytest.approx(memory(with_update(plain, Muon())).total, rel=0.01)
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(), Lion(), AdamW8(), GaLore(projection_rank=8)], ids=lambda own: own.name)
+def test_what_other_updates_need(optimizer: Optimizer):
+    model = dataclasses.replace(DEEP, d_model=512, d_ff=512, num_layers=1)
+    load = with_update(Workload(model=model, vocab_size=VOCAB, batch_size=1), optimizer)
+    module = Transformer(model, VOCAB)
+    built = optimizer.build(module)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    built.step()  # makes the moments
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        built.step()
+    assert most_allocated(profiler) == pytest.approx(load.update_bytes, rel=0.05, abs=100)
+
+
+def test_newton_schulz_is_what_torch_counts():
+    with FlopCounterMode(display=False) as counter:
+        muon.orthogonal(torch.randn(3, 24, 40))
+    assert counter.get_total_flops() == 3 * newton_schulz_flops(40, 24)
+
+
+def test_a_muon_update_takes_longer_where_it_is_not_shared_out():
+    big = dataclasses.replace(BASE, d_model=1024, d_ff=4096, num_layers=24, num_heads=16, vocab_size=50_000)
+    one = Workload(model=big, vocab_size=50_000, batch_size=1, precision="bf16", device="cuda")
+    muons = dataclasses.replace(with_update(one, Muon()), moments=kept_per_weight(Muon(), big, 50_000))
+    h100 = HARDWARE["h100"]
+    of_adamw, of_muon = optimizer_seconds(one, h100) or 0.0, optimizer_seconds(muons, h100) or 0.0
+    assert of_muon > 2 * of_adamw
+    many = with_update(dataclasses.replace(one, world_size=8), Muon())
+    assert many.update_flops == pytest.approx(muons.update_flops / 8, rel=0.02)
+    assert optimizer_seconds(with_update(one, GaLore(projection_rank=256)), h100) > of_adamw  # type: ignore[operator]
 
 
 def test_control_the_peak_without_logits_would_be_noticed():

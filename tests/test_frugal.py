@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from accel_pretrain import frugal
 from accel_pretrain.frugal import BLOCK, decode, encode
 from accel_pretrain.models import ModelConfig, Transformer
-from accel_pretrain.optim import AdamW, AdamW8, GaLore, Lion, Muon, Optimizer, describe_groups, kept_per_weight
+from accel_pretrain.optim import AdamW, AdamW8, GaLore, Lion, Muon, Optimizer, describe_groups, kept_per_weight, problems
 from tests.running import TINY, Train, assert_same_bits, losses, newest, run_processes
 
 MODERN = ModelConfig(
@@ -83,8 +84,10 @@ def test_codes_stand_for_numbers(columns: int, signed: bool) -> None:
     assert code.shape == x.shape
     assert scale.shape == (4, -(-columns // BLOCK))
     again = decode(code, scale, signed)
-    assert ((again == 0) == (x == 0)).all()  # nothing else becomes 0
-    assert (again.sign() == x.sign()).all()
+    assert (again[x == 0] == 0).all()
+    if not signed:
+        assert (again[x != 0] != 0).all()
+    assert ((again.sign() == x.sign()) | (again == 0)).all()
     largest = torch.stack([part.abs().amax(1) for part in x.split(BLOCK, 1)], 1).repeat_interleave(BLOCK, 1)[:, :columns]
     share = (x.abs() / largest).nan_to_num()
     power, top = (2, 127) if signed else (4, 255)
@@ -112,6 +115,31 @@ def test_eight_bits_follow_adamw() -> None:
     assert (moved(trained(AdamW8(lr=0.01, beta2=0.5), gradients)[0]) - exact).norm() / exact.norm() > 2 * far
 
 
+def never_zero(x_RC: torch.Tensor, signed: bool, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes that keep every number from 0: a mean then neither ends nor changes its sign."""
+    code, scale = encode(x_RC, signed, step)
+    if signed:
+        code = torch.where((code == 128) & (x_RC != 0), 128 + x_RC.sign(), code).to(torch.uint8)
+    return code, scale
+
+
+@pytest.mark.parametrize(("size", "until", "times"), [(1.0, 5, 2.0), (1e-3, 1000, 3.0), (1e-4, 1000, 3.0)])
+def test_what_gradients_leave_alone_stays(monkeypatch: pytest.MonkeyPatch, size: float, until: int, times: float) -> None:
+    """Columns whose gradients end, or are noise much smaller than their neighbours', move about as far as with AdamW."""
+    gradients = [noise(step, 4, BLOCK) for step in range(1, 1001)]
+    for step, gradient in enumerate(gradients):
+        gradient[:, :8] *= size if step < until else 0.0
+
+    def far(optimizer: Optimizer) -> float:
+        return moved(trained(optimizer, gradients)[0])[:, :8].square().mean().sqrt().item()
+
+    exact, ours = far(AdamW(lr=0.01, weight_decay=0.0)), far(AdamW8(lr=0.01, weight_decay=0.0))
+    assert exact / times < ours < times * exact
+    if size != 1e-3:  # control; a thousandth is above the first code
+        monkeypatch.setattr(frugal, "encode", never_zero)
+        assert far(AdamW8(lr=0.01, weight_decay=0.0)) > 5 * exact
+
+
 # ---------------------------------------------------------------------------------------------------------------- GaLore
 
 
@@ -137,6 +165,20 @@ def test_galore_of_full_rank_is_adamw_turned() -> None:
     module, _ = trained(GaLore(lr=0.01, weight_decay=0.0, projection_rank=1, projection_interval=3), one)
     lengths = moved(module).norm(dim=1)
     assert lengths == pytest.approx(torch.full((20,), 0.1), rel=1e-3)  # ten updates of 0.01 for every row
+
+
+@pytest.mark.parametrize(("width", "rank"), [(64, 16), (72, 24), (16, 5), (2, 1)])
+def test_the_rank_is_a_third_of_the_width(width: int, rank: int) -> None:
+    config = ModelConfig(context_length=8, d_model=width, num_layers=1, num_heads=1, d_ff=4 * width)
+    assert GaLore().groups(Transformer(config, 96))[0]["rank"] == rank
+    assert kept_per_weight(GaLore(), config, 96) < 1.6  # of AdamW's 2
+    assert problems(GaLore(), config, 96) == problems(GaLore(projection_rank=rank), config, 96) == []
+
+
+@pytest.mark.parametrize("rank", [63, 64, 128])
+def test_a_rank_that_saves_nothing_is_refused(rank: int) -> None:
+    (line,) = problems(GaLore(projection_rank=rank), MODERN, 96)
+    assert line == f"optimizer.projection_rank {rank}: keeps no less than AdamW of this model; type --projection_rank null"
 
 
 # ------------------------------------------------------------------------------------------------------- groups and state

@@ -83,6 +83,9 @@ MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
     ("d_ff_odd", f"{BIG} --d_ff 256", {}),
     ("aspect", f"{BIG} --num_layers 200", {}),
     ("mup_d_ff", f"{BIG} --mup_base_width 128 --d_ff 1024", {}),
+    ("mup_heads", f"{BIG} --mup_base_width 256 --d_model 1024 --num_heads 4", {}),
+    ("mup_heads", f"{BIG} --mup_base_width 512 --d_model 1024 --num_heads 8", {}),
+    ("muon_costly", f"{BIG} --optimizer.name muon --context_length 128 --batch_size 8", {}),
     ("rope_theta_small", f"{BIG} --context_length 32768 --batch_size 1", {}),
     ("window_idle", f"{BIG} --sliding_window 4096", {}),
     ("window_idle", f"{BIG} --sliding_window 64 --window_pattern F", {}),
@@ -151,6 +154,13 @@ def test_what_is_typed_can_be_typed():
             ends = ("--max_iters", "--epochs")
             kept = [word for at, word in enumerate(kept) if word not in ends and kept[at - 1] not in ends]
         assert kind not in kinds(outlook(" ".join([*kept, typed]), **known)), f"{kind}: {words} + {typed}"
+
+
+def test_muon_and_heads_that_are_as_they_should_be():
+    assert "muon_costly" not in kinds(outlook(f"{BIG} --optimizer.name muon"))
+    for heads in ("--num_heads 16", "--num_heads 8 --head_dim 128"):
+        assert "mup_heads" not in kinds(outlook(f"{BIG} --mup_base_width 512 --d_model 1024 {heads}"))
+    assert "mup_heads" not in kinds(outlook(f"{BIG} --mup_base_width 1024 --d_model 1024 --num_heads 8"))
 
 
 def test_used_directories_and_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -134,6 +134,17 @@ def test_a_matrix_alone_is_updated_as_among_others(precision: str) -> None:
     assert (dict(begun.named_parameters())[name] - alone.matrix).abs().max() > 1e-3
 
 
+def test_some_matrices_at_a_time_are_updated_as_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the order of sums in batched products, which may depend on their number."""
+    together = list(trained(Muon(lr=0.01)).parameters())
+    other = trained(Muon(lr=0.01), seed=1).parameters()
+    for size in (1, 3 * 4 * 32 * 32):
+        monkeypatch.setattr(muon, "CHUNK_BYTES", size)
+        parts = trained(Muon(lr=0.01)).parameters()
+        assert max((a - b).abs().max().item() for a, b in zip(together, parts, strict=True)) < 1e-7
+    assert max((a - b).abs().max().item() for a, b in zip(together, other, strict=True)) > 1e-3  # control
+
+
 def test_all_but_matrices_follow_adamw() -> None:
     ours, theirs = trained(Muon(lr=0.01, weight_decay=0.3)), trained(AdamW(lr=0.01, weight_decay=0.3))
     same = {name for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True) if torch.equal(a, b)}

@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.models.mup import init_scale, lr_scale
-from accel_pretrain.optim import AdamW, Muon, Optimizer
-from benchmarks.mup import best_of, coordinates
+from accel_pretrain.optim import SGD, AdamW, GaLore, Muon, Optimizer, problems
+from accel_pretrain.outlook import look_ahead
+from benchmarks.mup import best_of, coordinates, verdict
+from benchmarks.optimizers import bracketed
 
 WIDE = ModelConfig(
     context_length=8, d_model=256, num_layers=1, num_heads=4, d_ff=None, mup_base_width=64, value_embeddings=True
@@ -56,6 +59,20 @@ def test_tied_embeddings_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "typed"),
+    [(SGD(), "type --optimizer.name adamw"), (GaLore(projection_rank=16), "type --projection_rank null")],
+    ids=lambda own: getattr(own, "name", ""),
+)
+def test_optimizers_that_do_not_scale_are_refused(optimizer: Optimizer, typed: str) -> None:
+    (line,) = problems(optimizer, WIDE, 32)
+    assert line.endswith(typed)
+    assert problems(optimizer, replace(WIDE, mup_base_width=None), 32) == []
+    assert problems(GaLore(), WIDE, 32) == problems(AdamW(), WIDE, 32) == []
+    with pytest.raises(ConfigError, match=typed):
+        look_ahead(RunConfig(model=replace(WIDE, vocab_size=32), optimizer=optimizer), None)
+
+
+@pytest.mark.parametrize(
     "optimizer", [AdamW(lr=2e-3), pytest.param(Muon(lr=2e-3), marks=pytest.mark.slow)], ids=["adamw", "muon"]
 )
 def test_outputs_move_alike_at_every_width(optimizer: Optimizer) -> None:
@@ -71,3 +88,12 @@ def test_the_best_rate_is_between_those_that_were_tried() -> None:
     losses = {2.0**k: (k + 6.3) ** 2 for k in (-8, -7, -6, -5)}
     assert best_of(losses) == pytest.approx(2.0**-6.3, rel=1e-6)
     assert best_of({1.0: 1.0, 2.0: 2.0}) == 1.0
+
+
+def test_a_best_rate_at_the_edge_is_said_to_be_one() -> None:
+    inner, edge = {1.0: 2.0, 2.0: 1.0, 4.0: 2.0}, {1.0: 3.0, 2.0: 2.0, 4.0: 1.0}
+    assert verdict({64: inner, 512: inner}) == "best lr: 2 and 2, 1.00x apart"
+    assert verdict({64: inner, 512: edge}) == "best lr: 2 and 4 (at the edge of the grid: not bracketed)"
+    assert bracketed(inner)
+    assert not bracketed(edge)
+    assert not bracketed({1.0: 1.0})

@@ -118,6 +118,7 @@ def test_a_compiler_that_cannot_build_is_told_before_the_run(monkeypatch: pytest
     broken.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     broken.chmod(0o755)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert resolve_compile(TrainingConfig(), 1e18, torch.device("cpu"))[0]  # control; and PyTorch finds out about the processor
     torch.compiler.reset()
     with inductor.patch({"cpp.cxx": (None, str(broken))}):
         compiled, notice = resolve_compile(TrainingConfig(), 1e18, torch.device("cpu"))

@@ -288,7 +288,7 @@ def test_unknown_key_suggests_the_nearest_known_one(key: str, nearest: str, form
 
 
 def test_key_that_resembles_nothing_lists_the_sections():
-    sections = "checkpoint, data, evaluation, logging, model, optimizer, parallel, schedule, training"
+    sections = "checkpoint, data, debug, evaluation, logging, model, optimizer, parallel, schedule, training"
     assert message(from_argv, "--qqqq", "1") == f"qqqq: there is no such key; the sections are {sections}"
 
 

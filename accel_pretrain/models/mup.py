@@ -9,7 +9,9 @@ With m = d_model / mup_base_width, compared with the model of the base width:
 | embeddings, norms, biases | as it is | as it is | as it is: AdamW's |
 
 Muon's updates have singular values of 0.2 sqrt(max(R, C)) lr, which grow as sqrt(m) where 1 is wanted (Yang, Simon & Bernstein
-2023, "A spectral condition for feature learning"). Heads are to stay as wide, and d_ff to grow as d_model.
+2023, "A spectral condition for feature learning"). Heads are to stay as wide, and d_ff to grow as d_model. Weight decay is
+multiplied by the learning rate of its group, so in an update matrices decay as much less as they learn: / m, or / sqrt(m) under
+Muon, lm_head / m, and embeddings as they did.
 """
 
 from __future__ import annotations
