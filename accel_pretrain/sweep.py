@@ -10,9 +10,7 @@ import contextlib
 import json
 import logging
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,11 +19,9 @@ from typing import Any, Literal
 from accel_pretrain import lock
 from accel_pretrain.config import RunConfig, open_splits
 from accel_pretrain.errors import ConfigError, LockedError, refuse, reported
-from accel_pretrain.launchers import environment_of_its_own
-from accel_pretrain.metrics import METRICS_FILE, read_metrics
 from accel_pretrain.space import Choice, Method, Space, grid_size, parse_parameter, propose
-from accel_pretrain.status import read_status
 from accel_pretrain.stopping import signals_as_exceptions
+from accel_pretrain.sweep_trials import Trial, run_trial
 from accel_pretrain.typed_keys import Keys
 from accel_pretrain.typed_yaml import CommandLine, Entry, load, option, parse_command_line, reference, section
 
@@ -39,7 +35,6 @@ usage: python -m accel_pretrain.sweep --config FILE --param lr=1e-4..1e-2:log --
 
 """
 ROWS = "sweep.jsonl"
-_PATIENCE = 60.0  # seconds that a trial which was asked to stop has for saving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +60,6 @@ class SweptRun(RunConfig):
     """A run, and how to vary it."""
 
     sweep: SweepOptions = section(SweepOptions, "How to look (keys of accel_pretrain.sweep only)")
-
-
-@dataclass(kw_only=True)
-class Trial:
-    """One run: ``state`` is running, finished or failed, and what came of it."""
-
-    trial: int
-    parameters: dict[str, str]
-    state: str = "running"
-    val_loss: float | None = None
-    standard_error: float | None = None
-    seconds: float | None = None
-    reason: str | None = None
-
-    @property
-    def folder(self) -> str:
-        return f"trial_{self.trial:03d}"
-
-    @property
-    def words(self) -> str:
-        return " ".join(f"--{name} {shlex.quote(value)}" for name, value in self.parameters.items())
 
 
 @dataclass(kw_only=True)
@@ -219,57 +193,12 @@ def run_trials(sweep: Sweep) -> int:
             sweep.trials.append(trial)
             write(sweep, asdict(trial))
         print(f"{trial.folder} of {sweep.wanted}: {trial.words}", flush=True)
-        if code := run_trial(sweep, trial):
+        if code := run_trial(trial, sweep.folder, sweep.start, sweep.base):
             return code
         write(sweep, asdict(trial))
         print(f"  {outcome(trial)}", flush=True)
         told.append((trial.parameters, trial.val_loss))
     return 0
-
-
-def run_trial(sweep: Sweep, trial: Trial) -> int:
-    """Run it to its end and fill in what came of it. Not 0: it was asked to stop, has saved, and is to go on another time."""
-    place, begin = sweep.folder / trial.folder, time.monotonic()
-    values = [f"--{key}={value}" for key, value in trial.parameters.items()]
-    command = [*sweep.start, "-m", "accel_pretrain.train", *sweep.base, *values, f"--checkpoint.checkpoint_dir={place}"]
-    with (sweep.folder / f"{trial.folder}.log").open("ab") as output:
-        process = subprocess.Popen(command, env=environment_of_its_own(), stdout=output, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait()
-        except BaseException:  # we are asked to stop: so is the trial, and it saves
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_PATIENCE)
-            process.kill()
-            raise
-    status = read_status(place)
-    if status.get("state") == "interrupted":
-        return int(status.get("exit_code") or 1)
-    trial.seconds = round(time.monotonic() - begin, 1)
-    trial.val_loss, trial.standard_error = last_evaluation(place)
-    trial.state = "finished" if code == 0 and trial.val_loss is not None else "failed"
-    if trial.state == "failed":
-        trial.val_loss = trial.standard_error = None
-        trial.reason = reason_of(code, status, Path(output.name))
-    return 0
-
-
-def last_evaluation(run_dir: Path) -> tuple[float | None, float | None]:
-    """The loss at the end of a run and its standard error; None if there is none, or it is not finite."""
-    try:
-        ends = [row for row in read_metrics(run_dir / METRICS_FILE) if "final/val_loss" in row]
-    except OSError:
-        return None, None
-    return (ends[-1]["final/val_loss"], ends[-1].get("eval/val_loss_standard_error")) if ends else (None, None)
-
-
-def reason_of(code: int, status: dict[str, Any], log: Path) -> str:
-    """One line: what the run has said of its end, else the last that it wrote."""
-    if code and status.get("state") == "failed" and status.get("reason"):
-        return f"{status['reason']} (exit code {status.get('exit_code', code)})"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    said = [line for line in lines if line.startswith("error")] or lines or [""]
-    return f"{said[-1][:300]} (exit code {code})"
 
 
 # ------------------------------------------------------------------------------------------------- what is remembered
