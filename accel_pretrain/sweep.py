@@ -125,8 +125,9 @@ def make_sweep(line: CommandLine, parameters: Sequence[str]) -> Sweep:
     )
     open_splits(config.data)
     file = ["--config", str(line.config)] if line.config else []
-    own = ("sweep.", "checkpoint.checkpoint_dir", *space)
-    base = [*file, *(f"--{key}={entry.raw}" for key, entry in line.overrides if not key.startswith(own))]
+    own = ("checkpoint.checkpoint_dir", *space)
+    typed = ((key, entry) for key, entry in line.overrides if key not in own and not key.startswith("sweep."))
+    base = [*file, *(f"--{key}={entry.raw}" for key, entry in typed)]
     start = shlex.split(options.launcher) if options.launcher else [sys.executable]
     wanted = options.trials or (size if method == "grid" and size is not None else 20)
     if method == "tpe":

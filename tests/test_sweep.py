@@ -17,7 +17,7 @@ from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.space import Choice, Range, grid_size, parse_parameter, propose
 from accel_pretrain.typed_keys import Keys, Leaf
-from accel_pretrain.typed_yaml import load
+from accel_pretrain.typed_yaml import load, parse_command_line
 from tests.running import REPO, TINY, environment, launch, losses, refused
 
 # ------------------------------------------------------------------------------------------------------- what is tried
@@ -88,6 +88,11 @@ def swept(dataset: Path, folder: Path, *more: str) -> list[str]:
     return ["--train_data_path", str(dataset), "--checkpoint_dir", str(folder), *WORDS, *more]
 
 
+def made(dataset: Path, folder: Path, *more: str) -> sweep.Sweep:
+    words, parameters = sweep.split_parameters(swept(dataset, folder, *more))
+    return sweep.make_sweep(parse_command_line(sweep.SweptRun, words), parameters)
+
+
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()]
 
@@ -116,6 +121,13 @@ def test_trials_are_runs_and_a_failed_one_is_a_row(dataset: Path, tmp_path: Path
     assert capsys.readouterr().out.count("trial_000") == 1  # in the table
     assert (tmp_path / "sweep.jsonl").read_bytes() == before
     assert "is of another sweep (its words differ)" in refused(sweep.main, capsys, *words, "--lr", "1e-4")
+
+
+def test_a_trial_gets_what_was_typed_unless_that_very_key_is_swept(dataset: Path, tmp_path: Path):
+    typed = ["--norm_eps", "1e-3", "--norm", "layernorm", "--sweep_seed", "3", "--trials", "1"]
+    base = made(dataset, tmp_path, *typed, "--param", "norm=rmsnorm,layernorm").base
+    assert "--model.norm_eps=1e-3" in base
+    assert [word for word in base if word.startswith(("--model.norm=", "--sweep.", "--checkpoint.checkpoint_dir="))] == []
 
 
 @pytest.mark.slow
