@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from accel_pretrain import space, sweep
+from accel_pretrain import lock, space, sweep
 from accel_pretrain.agent import own_directory, wishes
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import ConfigError
@@ -128,6 +130,48 @@ def test_a_trial_gets_what_was_typed_unless_that_very_key_is_swept(dataset: Path
     base = made(dataset, tmp_path, *typed, "--param", "norm=rmsnorm,layernorm").base
     assert "--model.norm_eps=1e-3" in base
     assert [word for word in base if word.startswith(("--model.norm=", "--sweep.", "--checkpoint.checkpoint_dir="))] == []
+
+
+def test_a_trial_whose_folder_is_in_use_ends_the_sweep(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One line says who is there, and the trial stays to be done."""
+    (tmp_path / "trial_000").mkdir()
+    file = lock.take(tmp_path / "trial_000" / ".lock")
+    try:
+        with pytest.raises(SystemExit) as stop:
+            sweep.main(swept(dataset, tmp_path, "--param", "d_model=32,16"))
+    finally:
+        lock.release(file)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 7
+    assert out.splitlines() == ["trial_000 of 2: --model.d_model 32"]
+    assert err.startswith("error: checkpoint.checkpoint_dir: ")
+    assert f"trial_000 is in use: process {os.getpid()} on " in err
+    assert len(err.splitlines()) == 1
+    assert [row.get("state") for row in rows_of(tmp_path)] == [None, "running"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_a_trial_ends_with_its_sweep(tmp_path: Path):
+    """Even if that is killed, and whatever starts the trial: here a launcher, whose pipe closes when it ends."""
+    os.mkfifo(tmp_path / "pipe")
+    launcher = ["-c", f"import signal; file = open({str(tmp_path / 'pipe')!r}, 'wb', 0); file.write(b'up'); signal.pause()"]
+    program = (
+        "import sys; from pathlib import Path; from accel_pretrain.sweep_trials import Trial, run_trial\n"
+        f"run_trial(Trial(trial=0, parameters={{}}), Path({str(tmp_path)!r}), [sys.executable, *{launcher!r}], [])"
+    )
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment(), cwd=REPO)
+    try:
+        assert select.select([pipe], [], [], 120)[0]
+        assert os.read(pipe, 9) == b"up"
+        assert not select.select([pipe], [], [], 0.1)[0]  # control: it is there
+        process.kill()
+        assert select.select([pipe], [], [], 30)[0]
+        assert os.read(pipe, 9) == b""
+    finally:
+        process.kill()
+        process.wait()
+        os.close(pipe)
 
 
 @pytest.mark.slow
