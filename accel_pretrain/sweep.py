@@ -35,6 +35,7 @@ usage: python -m accel_pretrain.sweep --config FILE --param lr=1e-4..1e-2:log --
 
 """
 ROWS = "sweep.jsonl"
+OWN = ("checkpoint.checkpoint_dir", "checkpoint.resume_from")  # which the sweep gives each trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +122,16 @@ def make_sweep(line: CommandLine, parameters: Sequence[str]) -> Sweep:
     method: Method = options.method or ("grid" if size is not None else "random")
     ranges = ", ".join(name for name, own in space.items() if not isinstance(own, Choice))
     refuse(
-        (method == "grid" and size is None, f"sweep.method: a grid needs lists, and {ranges} is a range; type --method random")
+        (method == "grid" and size is None, f"sweep.method: a grid needs lists, and {ranges} is a range; type --method random"),
+        (
+            config.checkpoint.resume_from != "auto",
+            f"checkpoint.resume_from: a sweep goes on with each trial by itself, got {config.checkpoint.resume_from}; "
+            "leave it out, or type --resume_from auto",
+        ),
     )
     open_splits(config.data)
     file = ["--config", str(line.config)] if line.config else []
-    own = ("checkpoint.checkpoint_dir", *space)
+    own = (*OWN, *space)
     typed = ((key, entry) for key, entry in line.overrides if key not in own and not key.startswith("sweep."))
     base = [*file, *(f"--{key}={entry.raw}" for key, entry in typed)]
     start = shlex.split(options.launcher) if options.launcher else [sys.executable]
@@ -148,8 +154,8 @@ def space_of(parameters: Sequence[str], line: CommandLine) -> Space:
         leaf = keys.find(name, samples[0])
         if isinstance(leaf, str):
             problems.append(f"--param {word}: {leaf}")
-        elif leaf.path in ("checkpoint.checkpoint_dir", *space):
-            problems.append(f"--param {word}: {leaf.path} is given twice, or is where the trials are")
+        elif leaf.path in (*OWN, *space):
+            problems.append(f"--param {word}: {leaf.path} is given twice, or is the sweep's own")
         else:
             space[leaf.path] = values
             for sample in samples:

@@ -67,7 +67,8 @@ def run_trial(trial: Trial, sweep_dir: Path, start: Sequence[str], words: Sequen
     """
     place, begin = sweep_dir / trial.folder, time.monotonic()
     values = [f"--{key}={value}" for key, value in trial.parameters.items()]
-    command = [*start, "-m", "accel_pretrain.train", *words, *values, f"--checkpoint.checkpoint_dir={place}"]
+    own = [f"--checkpoint.checkpoint_dir={place}", "--checkpoint.resume_from=auto"]
+    command, before = [*start, "-m", "accel_pretrain.train", *words, *values, *own], read_status(place)
     with (sweep_dir / f"{trial.folder}.log").open("ab") as output:
         already = output.tell()
         process = subprocess.Popen(following(command), env=environment_of_its_own(), stdout=output, stderr=subprocess.STDOUT)
@@ -84,8 +85,10 @@ def run_trial(trial: Trial, sweep_dir: Path, start: Sequence[str], words: Sequen
     if code and in_use:  # elastic launchers make 1 of every exit code
         raise LockedError(in_use[0])
     status = read_status(place)
-    if status.get("state") == "interrupted":
-        return int(status.get("exit_code") or 1)
+    if status == before:  # written by an earlier start: this one has not come so far
+        status = {}
+    if stopped := stopped_with(status, code, start):
+        return stopped
     trial.seconds = round(time.monotonic() - begin, 1)
     trial.val_loss, trial.standard_error = last_evaluation(place)
     trial.state = "finished" if code == 0 and trial.val_loss is not None else "failed"
@@ -93,6 +96,15 @@ def run_trial(trial: Trial, sweep_dir: Path, start: Sequence[str], words: Sequen
         trial.val_loss = trial.standard_error = None
         trial.reason = reason_of(code, status, said)
     return 0
+
+
+def stopped_with(status: dict[str, Any], code: int, start: Sequence[str]) -> int:
+    """The exit code of a run that was asked to stop, by the status that it has written; 0 if it was not.
+
+    The code of its process is the same, but that of a launcher is the launcher's own.
+    """
+    meant = int(status.get("exit_code") or 1)
+    return meant if status.get("state") == "interrupted" and (code == meant or list(start) != [sys.executable]) else 0
 
 
 def last_evaluation(run_dir: Path) -> tuple[float | None, float | None]:

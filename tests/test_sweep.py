@@ -18,6 +18,7 @@ from accel_pretrain.agent import own_directory, wishes
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.space import Choice, Range, grid_size, parse_parameter, propose
+from accel_pretrain.sweep_trials import stopped_with
 from accel_pretrain.typed_keys import Keys, Leaf
 from accel_pretrain.typed_yaml import load, parse_command_line
 from tests.running import REPO, TINY, environment, launch, losses, refused
@@ -150,6 +151,29 @@ def test_a_trial_whose_folder_is_in_use_ends_the_sweep(dataset: Path, tmp_path: 
     assert [row.get("state") for row in rows_of(tmp_path)] == [None, "running"]
 
 
+@pytest.mark.parametrize("before", [{"state": "interrupted", "exit_code": 130}, {"state": "failed", "reason": "of old"}])
+def test_what_an_earlier_start_has_recorded_is_not_the_end_of_this_one(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], before: dict[str, Any]
+):
+    """A trial that cannot even start after one that was cut off is a row with its reason."""
+    (tmp_path / "trial_000").mkdir()
+    (tmp_path / "trial_000" / "status.json").write_text(json.dumps(before))
+    (tmp_path / "trial_000.log").write_text("error: of old\nThe last line\n")
+    launcher = """sh -c 'echo "error: no device here"; exit 3'"""
+    assert sweep.main(swept(dataset, tmp_path, "--param", "d_model=32", "--launcher", launcher)) == 1
+    assert "  error: no device here (exit code 3)\n" in capsys.readouterr().out
+    [*_, row] = rows_of(tmp_path)
+    assert (row["state"], row["reason"]) == ("failed", "error: no device here (exit code 3)")
+
+
+def test_an_interruption_counts_with_its_exit_code():
+    status = {"state": "interrupted", "exit_code": 143}
+    assert stopped_with(status, 143, [sys.executable]) == 143
+    assert stopped_with(status, 2, [sys.executable]) == 0
+    assert stopped_with(status, 1, ["accelerate", "launch"]) == 143
+    assert stopped_with({"state": "finished", "exit_code": 0}, 0, ["accelerate", "launch"]) == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
 def test_a_trial_ends_with_its_sweep(tmp_path: Path):
     """Even if that is killed, and whatever starts the trial: here a launcher, whose pipe closes when it ends."""
@@ -210,7 +234,8 @@ def test_a_sweep_that_is_cut_off_goes_on_with_the_trial_in_progress(dataset: Pat
         (["--param", "lr=1e-3,high"], "optimizer.lr: expected a number"),
         (["--param", "lr=1..2", "--method", "grid"], "a grid needs lists"),
         (["--param", "lr=1,2", "--trials", "0"], "sweep.trials: must be at least 1"),
-        (["--param", "checkpoint_dir=a,b"], "is where the trials are"),
+        (["--param", "checkpoint_dir=a,b"], "is the sweep's own"),
+        (["--param", "lr=1,2", "--resume_from", "never"], "checkpoint.resume_from: a sweep goes on with each trial by itself"),
     ],
 )
 def test_what_every_trial_would_trip_over_is_refused(
