@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accel_pretrain import lock
-from accel_pretrain.config import RunConfig, open_splits
+from accel_pretrain.config import RunConfig, Splits, flat, open_splits, told
 from accel_pretrain.errors import ConfigError, LockedError, refuse, reported
 from accel_pretrain.space import Choice, Method, Space, grid_size, parse_parameter, propose
 from accel_pretrain.stopping import signals_as_exceptions
@@ -65,7 +65,7 @@ class SweptRun(RunConfig):
 
 @dataclass(kw_only=True)
 class Sweep:
-    """A sweep and what is known of it; ``base`` are the words that all its trials have in common."""
+    """A sweep and what is known of it; ``base`` and ``settings`` are the words, and their sense, that its trials share."""
 
     folder: Path
     space: Space
@@ -73,6 +73,7 @@ class Sweep:
     seed: int
     wanted: int
     base: list[str]
+    settings: dict[str, Any]
     start: list[str]
     trials: list[Trial] = field(default_factory=list)
 
@@ -80,7 +81,7 @@ class Sweep:
     def question(self) -> dict[str, Any]:
         """What must be the same for trials to be compared."""
         space = {name: asdict(own) for name, own in self.space.items()}
-        return {"parameters": space, "method": self.method, "seed": self.seed, "words": self.base}
+        return {"parameters": space, "method": self.method, "seed": self.seed, "settings": self.settings}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,7 +130,7 @@ def make_sweep(line: CommandLine, parameters: Sequence[str]) -> Sweep:
             "leave it out, or type --resume_from auto",
         ),
     )
-    open_splits(config.data)
+    splits = open_splits(config.data)
     file = ["--config", str(line.config)] if line.config else []
     own = (*OWN, *space)
     typed = ((key, entry) for key, entry in line.overrides if key not in own and not key.startswith("sweep."))
@@ -140,8 +141,18 @@ def make_sweep(line: CommandLine, parameters: Sequence[str]) -> Sweep:
         propose(space, method, options.sweep_seed, [])  # refuses if optuna is not there
     return Sweep(
         folder=config.checkpoint.checkpoint_dir, space=space, method=method, seed=options.sweep_seed, wanted=wanted,
-        base=base, start=start,
+        base=base, settings=settings_of(config, splits, space), start=start,
     )  # fmt: skip
+
+
+def settings_of(config: SweptRun, splits: Splits, space: Space) -> dict[str, Any]:
+    """What decides the losses of all trials: the settings by their keys but those in ``space``, and the tokens."""
+    counted = ("checkpoint.init_from", "debug.overfit_one_batch")
+    free = ("logging.", "checkpoint.", "debug.", "sweep.", "the version", "the precision")
+    free += ("training.hang_timeout", "training.requeue")
+    known = told(config, splits, "") | {key: value for key, value in flat(config).items() if key in counted}
+    swept = {*space, *(f"the tokens of {key}" for key in space)}
+    return {key: value for key, value in known.items() if key not in swept and (key in counted or not key.startswith(free))}
 
 
 def space_of(parameters: Sequence[str], line: CommandLine) -> Space:
@@ -231,14 +242,24 @@ def recall(sweep: Sweep) -> None:
                 found[row["trial"]] = Trial(**row)
             else:
                 question = row
+    asked = json.loads(json.dumps(sweep.question))
     if question is None:
         write(sweep, sweep.question)
-    elif question != json.loads(json.dumps(sweep.question)):
-        differs = ", ".join(key for key, value in json.loads(json.dumps(sweep.question)).items() if question.get(key) != value)
-        raise ConfigError(
-            f"checkpoint.checkpoint_dir: {path} is of another sweep (its {differs} differ): type another --checkpoint_dir"
-        )
+    elif differs := differences(question, asked):
+        raise ConfigError(f"checkpoint.checkpoint_dir: {path} is of another sweep ({differs}): type another --checkpoint_dir")
     sweep.trials = [found[number] for number in sorted(found)]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Where two questions differ, in words; empty if they are the same."""
+    words = [f"its {key} differ" for key in now if key != "settings" and before.get(key) != now[key]]
+    if words:
+        return ", ".join(words)  # other parameters are other settings too
+    had, has = before.get("settings", {}), now["settings"]
+    keys = [key for key in {**had, **has} if had.get(key) != has.get(key)]
+    words = [f"{key} was {had.get(key)}, is {has.get(key)}" for key in keys[:5] if not key.startswith("the ")]
+    words += [f"{key} have changed" for key in keys[:5] if key.startswith("the ")]
+    return ", ".join([*words, *([f"and {len(keys) - 5} more"] if len(keys) > 5 else [])])
 
 
 def outcome(trial: Trial) -> str:

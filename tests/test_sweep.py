@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from accel_pretrain.space import Choice, Range, grid_size, parse_parameter, prop
 from accel_pretrain.sweep_trials import stopped_with
 from accel_pretrain.typed_keys import Keys, Leaf
 from accel_pretrain.typed_yaml import load, parse_command_line
-from tests.running import REPO, TINY, environment, launch, losses, refused
+from tests.running import REPO, TINY, environment, launch, losses, refused, stdlib_text, write_dataset
 
 # ------------------------------------------------------------------------------------------------------- what is tried
 
@@ -123,7 +124,7 @@ def test_trials_are_runs_and_a_failed_one_is_a_row(dataset: Path, tmp_path: Path
     assert sweep.main(words) == 0
     assert capsys.readouterr().out.count("trial_000") == 1  # in the table
     assert (tmp_path / "sweep.jsonl").read_bytes() == before
-    assert "is of another sweep (its words differ)" in refused(sweep.main, capsys, *words, "--lr", "1e-4")
+    assert "is of another sweep (optimizer.lr was 0.003, is 0.0001)" in refused(sweep.main, capsys, *words, "--lr", "1e-4")
 
 
 def test_a_trial_gets_what_was_typed_unless_that_very_key_is_swept(dataset: Path, tmp_path: Path):
@@ -172,6 +173,31 @@ def test_an_interruption_counts_with_its_exit_code():
     assert stopped_with(status, 2, [sys.executable]) == 0
     assert stopped_with(status, 1, ["accelerate", "launch"]) == 143
     assert stopped_with({"state": "finished", "exit_code": 0}, 0, ["accelerate", "launch"]) == 0
+
+
+def test_a_sweep_goes_on_with_the_same_numbers_alone(dataset: Path, tmp_path: Path):
+    """However they are said: a file that was edited, or other tokens in the same place, make another sweep of it."""
+    data = shutil.copytree(dataset, tmp_path / "data")
+    (tmp_path / "c.yaml").write_text("model: {d_model: 32}\noptimizer: {weight_decay: 0.1}\nlr: 1e-4\n")
+
+    def again(*more: str) -> None:
+        folder = tmp_path / "sweep"
+        folder.mkdir(exist_ok=True)
+        sweep.recall(made(data, folder, "--config", str(tmp_path / "c.yaml"), "--param", "batch_size=4,8", *more))
+
+    again("--batch_size", "2")
+    again("--batch_size", "3", "--weight_decay", "1e-1", "--log_interval", "7", "--trials", "1")
+    (tmp_path / "c.yaml").write_text("weight_decay: 0.1\nd_model: 32\nlogging: {log_interval: 9}\n")
+    again()
+    (tmp_path / "c.yaml").write_text("weight_decay: 0.2\n")
+    with pytest.raises(ConfigError, match=r"of another sweep \(optimizer.weight_decay was 0.1, is 0.2\): type another"):
+        again()
+    with pytest.raises(ConfigError, match=r"of another sweep \(its parameters differ\)"):
+        again("--weight_decay", "0.1", "--param", "seed=1,2")
+    shutil.rmtree(data)
+    write_dataset(data, stdlib_text(60_000)[::-1], stdlib_text(30_000))
+    with pytest.raises(ConfigError, match=r"the tokens of data.train_data_path have changed"):
+        again("--weight_decay", "0.1")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
