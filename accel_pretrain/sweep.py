@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -135,7 +136,7 @@ def make_sweep(line: CommandLine, parameters: Sequence[str]) -> Sweep:
     own = (*OWN, *space)
     typed = ((key, entry) for key, entry in line.overrides if key not in own and not key.startswith("sweep."))
     base = [*file, *(f"--{key}={entry.raw}" for key, entry in typed)]
-    start = shlex.split(options.launcher) if options.launcher else [sys.executable]
+    start = launcher_of(options.launcher)
     wanted = options.trials or (size if method == "grid" and size is not None else 20)
     if method == "tpe":
         propose(space, method, options.sweep_seed, [])  # refuses if optuna is not there
@@ -143,6 +144,20 @@ def make_sweep(line: CommandLine, parameters: Sequence[str]) -> Sweep:
         folder=config.checkpoint.checkpoint_dir, space=space, method=method, seed=options.sweep_seed, wanted=wanted,
         base=base, settings=settings_of(config, splits, space), start=start,
     )  # fmt: skip
+
+
+def launcher_of(text: str | None) -> list[str]:
+    """The words that start a module of Python; refuses a program that is not there."""
+    if not text or text.isspace():
+        return [sys.executable]
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"sweep.launcher: {text!r} cannot be split into words ({error})") from None
+    if shutil.which(words[0]) is None:
+        example = "type --launcher 'accelerate launch --num_processes 8', or leave it out"
+        raise ConfigError(f"sweep.launcher: there is no program {words[0]!r} to run; {example}")
+    return words
 
 
 def settings_of(config: SweptRun, splits: Splits, space: Space) -> dict[str, Any]:

@@ -261,6 +261,8 @@ def test_a_sweep_that_is_cut_off_goes_on_with_the_trial_in_progress(dataset: Pat
         (["--param", "lr=1..2", "--method", "grid"], "a grid needs lists"),
         (["--param", "lr=1,2", "--trials", "0"], "sweep.trials: must be at least 1"),
         (["--param", "checkpoint_dir=a,b"], "is the sweep's own"),
+        (["--param", "lr=1,2", "--launcher", "acelerate launch"], "sweep.launcher: there is no program 'acelerate' to run"),
+        (["--param", "lr=1,2", "--launcher", "accelerate 'launch"], 'sweep.launcher: "accelerate \'launch" cannot be split'),
         (["--param", "lr=1,2", "--resume_from", "never"], "checkpoint.resume_from: a sweep goes on with each trial by itself"),
     ],
 )
