@@ -10,22 +10,19 @@ import contextlib
 import json
 import logging
 import shlex
-import subprocess
+import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from accel_pretrain import lock
-from accel_pretrain.config import RunConfig, open_splits
+from accel_pretrain.config import RunConfig, Splits, flat, open_splits, told
 from accel_pretrain.errors import ConfigError, LockedError, refuse, reported
-from accel_pretrain.launchers import environment_of_its_own
-from accel_pretrain.metrics import METRICS_FILE, read_metrics
 from accel_pretrain.space import Choice, Method, Space, grid_size, parse_parameter, propose
-from accel_pretrain.status import read_status
 from accel_pretrain.stopping import signals_as_exceptions
+from accel_pretrain.sweep_trials import Trial, run_trial
 from accel_pretrain.typed_keys import Keys
 from accel_pretrain.typed_yaml import CommandLine, Entry, load, option, parse_command_line, reference, section
 
@@ -39,7 +36,7 @@ usage: python -m accel_pretrain.sweep --config FILE --param lr=1e-4..1e-2:log --
 
 """
 ROWS = "sweep.jsonl"
-_PATIENCE = 60.0  # seconds that a trial which was asked to stop has for saving
+OWN = ("checkpoint.checkpoint_dir", "checkpoint.resume_from")  # which the sweep gives each trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,29 +65,8 @@ class SweptRun(RunConfig):
 
 
 @dataclass(kw_only=True)
-class Trial:
-    """One run: ``state`` is running, finished or failed, and what came of it."""
-
-    trial: int
-    parameters: dict[str, str]
-    state: str = "running"
-    val_loss: float | None = None
-    standard_error: float | None = None
-    seconds: float | None = None
-    reason: str | None = None
-
-    @property
-    def folder(self) -> str:
-        return f"trial_{self.trial:03d}"
-
-    @property
-    def words(self) -> str:
-        return " ".join(f"--{name} {shlex.quote(value)}" for name, value in self.parameters.items())
-
-
-@dataclass(kw_only=True)
 class Sweep:
-    """A sweep and what is known of it; ``base`` are the words that all its trials have in common."""
+    """A sweep and what is known of it; ``base`` and ``settings`` are the words, and their sense, that its trials share."""
 
     folder: Path
     space: Space
@@ -98,6 +74,7 @@ class Sweep:
     seed: int
     wanted: int
     base: list[str]
+    settings: dict[str, Any]
     start: list[str]
     trials: list[Trial] = field(default_factory=list)
 
@@ -105,7 +82,7 @@ class Sweep:
     def question(self) -> dict[str, Any]:
         """What must be the same for trials to be compared."""
         space = {name: asdict(own) for name, own in self.space.items()}
-        return {"parameters": space, "method": self.method, "seed": self.seed, "words": self.base}
+        return {"parameters": space, "method": self.method, "seed": self.seed, "settings": self.settings}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,20 +124,50 @@ def make_sweep(line: CommandLine, parameters: Sequence[str]) -> Sweep:
     method: Method = options.method or ("grid" if size is not None else "random")
     ranges = ", ".join(name for name, own in space.items() if not isinstance(own, Choice))
     refuse(
-        (method == "grid" and size is None, f"sweep.method: a grid needs lists, and {ranges} is a range; type --method random")
+        (method == "grid" and size is None, f"sweep.method: a grid needs lists, and {ranges} is a range; type --method random"),
+        (
+            config.checkpoint.resume_from != "auto",
+            f"checkpoint.resume_from: a sweep goes on with each trial by itself, got {config.checkpoint.resume_from}; "
+            "leave it out, or type --resume_from auto",
+        ),
     )
-    open_splits(config.data)
+    splits = open_splits(config.data)
     file = ["--config", str(line.config)] if line.config else []
-    own = ("sweep.", "checkpoint.checkpoint_dir", *space)
-    base = [*file, *(f"--{key}={entry.raw}" for key, entry in line.overrides if not key.startswith(own))]
-    start = shlex.split(options.launcher) if options.launcher else [sys.executable]
+    own = (*OWN, *space)
+    typed = ((key, entry) for key, entry in line.overrides if key not in own and not key.startswith("sweep."))
+    base = [*file, *(f"--{key}={entry.raw}" for key, entry in typed)]
+    start = launcher_of(options.launcher)
     wanted = options.trials or (size if method == "grid" and size is not None else 20)
     if method == "tpe":
         propose(space, method, options.sweep_seed, [])  # refuses if optuna is not there
     return Sweep(
         folder=config.checkpoint.checkpoint_dir, space=space, method=method, seed=options.sweep_seed, wanted=wanted,
-        base=base, start=start,
+        base=base, settings=settings_of(config, splits, space), start=start,
     )  # fmt: skip
+
+
+def launcher_of(text: str | None) -> list[str]:
+    """The words that start a module of Python; refuses a program that is not there."""
+    if not text or text.isspace():
+        return [sys.executable]
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"sweep.launcher: {text!r} cannot be split into words ({error})") from None
+    if shutil.which(words[0]) is None:
+        example = "type --launcher 'accelerate launch --num_processes 8', or leave it out"
+        raise ConfigError(f"sweep.launcher: there is no program {words[0]!r} to run; {example}")
+    return words
+
+
+def settings_of(config: SweptRun, splits: Splits, space: Space) -> dict[str, Any]:
+    """What decides the losses of all trials: the settings by their keys but those in ``space``, and the tokens."""
+    counted = ("checkpoint.init_from", "debug.overfit_one_batch")
+    free = ("logging.", "checkpoint.", "debug.", "sweep.", "the version", "the precision")
+    free += ("training.hang_timeout", "training.requeue")
+    known = told(config, splits, "") | {key: value for key, value in flat(config).items() if key in counted}
+    swept = {*space, *(f"the tokens of {key}" for key in space)}
+    return {key: value for key, value in known.items() if key not in swept and (key in counted or not key.startswith(free))}
 
 
 def space_of(parameters: Sequence[str], line: CommandLine) -> Space:
@@ -173,8 +180,8 @@ def space_of(parameters: Sequence[str], line: CommandLine) -> Space:
         leaf = keys.find(name, samples[0])
         if isinstance(leaf, str):
             problems.append(f"--param {word}: {leaf}")
-        elif leaf.path in ("checkpoint.checkpoint_dir", *space):
-            problems.append(f"--param {word}: {leaf.path} is given twice, or is where the trials are")
+        elif leaf.path in (*OWN, *space):
+            problems.append(f"--param {word}: {leaf.path} is given twice, or is the sweep's own")
         else:
             space[leaf.path] = values
             for sample in samples:
@@ -219,57 +226,12 @@ def run_trials(sweep: Sweep) -> int:
             sweep.trials.append(trial)
             write(sweep, asdict(trial))
         print(f"{trial.folder} of {sweep.wanted}: {trial.words}", flush=True)
-        if code := run_trial(sweep, trial):
+        if code := run_trial(trial, sweep.folder, sweep.start, sweep.base):
             return code
         write(sweep, asdict(trial))
         print(f"  {outcome(trial)}", flush=True)
         told.append((trial.parameters, trial.val_loss))
     return 0
-
-
-def run_trial(sweep: Sweep, trial: Trial) -> int:
-    """Run it to its end and fill in what came of it. Not 0: it was asked to stop, has saved, and is to go on another time."""
-    place, begin = sweep.folder / trial.folder, time.monotonic()
-    values = [f"--{key}={value}" for key, value in trial.parameters.items()]
-    command = [*sweep.start, "-m", "accel_pretrain.train", *sweep.base, *values, f"--checkpoint.checkpoint_dir={place}"]
-    with (sweep.folder / f"{trial.folder}.log").open("ab") as output:
-        process = subprocess.Popen(command, env=environment_of_its_own(), stdout=output, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait()
-        except BaseException:  # we are asked to stop: so is the trial, and it saves
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_PATIENCE)
-            process.kill()
-            raise
-    status = read_status(place)
-    if status.get("state") == "interrupted":
-        return int(status.get("exit_code") or 1)
-    trial.seconds = round(time.monotonic() - begin, 1)
-    trial.val_loss, trial.standard_error = last_evaluation(place)
-    trial.state = "finished" if code == 0 and trial.val_loss is not None else "failed"
-    if trial.state == "failed":
-        trial.val_loss = trial.standard_error = None
-        trial.reason = reason_of(code, status, Path(output.name))
-    return 0
-
-
-def last_evaluation(run_dir: Path) -> tuple[float | None, float | None]:
-    """The loss at the end of a run and its standard error; None if there is none, or it is not finite."""
-    try:
-        ends = [row for row in read_metrics(run_dir / METRICS_FILE) if "final/val_loss" in row]
-    except OSError:
-        return None, None
-    return (ends[-1]["final/val_loss"], ends[-1].get("eval/val_loss_standard_error")) if ends else (None, None)
-
-
-def reason_of(code: int, status: dict[str, Any], log: Path) -> str:
-    """One line: what the run has said of its end, else the last that it wrote."""
-    if code and status.get("state") == "failed" and status.get("reason"):
-        return f"{status['reason']} (exit code {status.get('exit_code', code)})"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    said = [line for line in lines if line.startswith("error")] or lines or [""]
-    return f"{said[-1][:300]} (exit code {code})"
 
 
 # ------------------------------------------------------------------------------------------------- what is remembered
@@ -295,14 +257,24 @@ def recall(sweep: Sweep) -> None:
                 found[row["trial"]] = Trial(**row)
             else:
                 question = row
+    asked = json.loads(json.dumps(sweep.question))
     if question is None:
         write(sweep, sweep.question)
-    elif question != json.loads(json.dumps(sweep.question)):
-        differs = ", ".join(key for key, value in json.loads(json.dumps(sweep.question)).items() if question.get(key) != value)
-        raise ConfigError(
-            f"checkpoint.checkpoint_dir: {path} is of another sweep (its {differs} differ): type another --checkpoint_dir"
-        )
+    elif differs := differences(question, asked):
+        raise ConfigError(f"checkpoint.checkpoint_dir: {path} is of another sweep ({differs}): type another --checkpoint_dir")
     sweep.trials = [found[number] for number in sorted(found)]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Where two questions differ, in words; empty if they are the same."""
+    words = [f"its {key} differ" for key in now if key != "settings" and before.get(key) != now[key]]
+    if words:
+        return ", ".join(words)  # other parameters are other settings too
+    had, has = before.get("settings", {}), now["settings"]
+    keys = [key for key in {**had, **has} if had.get(key) != has.get(key)]
+    words = [f"{key} was {had.get(key)}, is {has.get(key)}" for key in keys[:5] if not key.startswith("the ")]
+    words += [f"{key} have changed" for key in keys[:5] if key.startswith("the ")]
+    return ", ".join([*words, *([f"and {len(keys) - 5} more"] if len(keys) > 5 else [])])
 
 
 def outcome(trial: Trial) -> str:

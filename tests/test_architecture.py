@@ -67,6 +67,7 @@ LEVELS = (
         "smoke",
         *("origin", "run", "branching", "recovery", "loop", "harness", "proofs", "trial", "ladder", "heldout"),
         *("one_batch", "inspection", "anomaly", "profiling", "debugging", "lr_find", "layer_maps"),
+        "sweep_trials",
         *("report_facts", "report_figures", "report_page"),
     ),
     ("train", "evaluate", "sample", "plan", "tune", "sweep", "doctor", "hf", "plot", "report", "compare"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
-from accel_pretrain import space, sweep
+from accel_pretrain import lock, space, sweep
 from accel_pretrain.agent import own_directory, wishes
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.space import Choice, Range, grid_size, parse_parameter, propose
+from accel_pretrain.sweep_trials import stopped_with
 from accel_pretrain.typed_keys import Keys, Leaf
-from accel_pretrain.typed_yaml import load
-from tests.running import REPO, TINY, environment, launch, losses, refused
+from accel_pretrain.typed_yaml import load, parse_command_line
+from tests.running import REPO, TINY, environment, launch, losses, refused, stdlib_text, write_dataset
 
 # ------------------------------------------------------------------------------------------------------- what is tried
 
@@ -82,10 +86,16 @@ def test_draws_stay_inside_and_depend_on_the_past_alone(method: space.Method):
 # ----------------------------------------------------------------------------------------------------------- real runs
 
 WORDS = [*TINY, "--max_iters", "2"]
+FAILING = """sh -c 'echo "error: no device here"; exit 3'"""  # a launcher
 
 
 def swept(dataset: Path, folder: Path, *more: str) -> list[str]:
     return ["--train_data_path", str(dataset), "--checkpoint_dir", str(folder), *WORDS, *more]
+
+
+def made(dataset: Path, folder: Path, *more: str) -> sweep.Sweep:
+    words, parameters = sweep.split_parameters(swept(dataset, folder, *more))
+    return sweep.make_sweep(parse_command_line(sweep.SweptRun, words), parameters)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -93,29 +103,127 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_trials_are_runs_and_a_failed_one_is_a_row(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """33 is no multiple of two heads. The same command again has nothing left to do; with other words it is refused."""
-    words = swept(dataset, tmp_path, "--param", "d_model=32,33")
+    """The same command again has nothing left to do; one that means something else is refused."""
+    words = swept(dataset, tmp_path, "--param", "d_model=32,16")
+    assert sweep.main([*words, "--trials", "1"]) == 0
+    words += ["--launcher", FAILING]
+    capsys.readouterr()
     assert sweep.main(words) == 0
     out = capsys.readouterr().out
     question, *trials = rows_of(tmp_path)
-    assert question["parameters"] == {"model.d_model": {"values": ["32", "33"]}}
+    assert question["parameters"] == {"model.d_model": {"values": ["32", "16"]}}
     assert [(row["trial"], row["state"]) for row in trials] == [(0, "running"), (0, "finished"), (1, "running"), (1, "failed")]
-    assert "model" in trials[3]["reason"]
-    assert "(exit code 2)" in trials[3]["reason"]
+    assert trials[3]["reason"] == "error: no device here (exit code 3)"
     last = json.loads((tmp_path / "trial_000" / "metrics.jsonl").read_text().splitlines()[-1])
     assert (trials[1]["val_loss"], trials[1]["standard_error"]) == (
         last["final/val_loss"],
         last["eval/val_loss_standard_error"],
     )
     shown = f"{trials[1]['val_loss']:.4f} ± {trials[1]['standard_error']:.4f}"
-    assert out.index(shown) < out.index("val loss") < out.rindex(shown) < out.rindex("trial_001")
+    assert out.index("trial_001") < out.index("val loss") < out.index(shown) < out.rindex("trial_001")
     [best] = [line for line in out.splitlines() if line.startswith("Best: python -m accel_pretrain.train ")]
     assert " --model.d_model 32 --checkpoint_dir DIR" in best
     before = (tmp_path / "sweep.jsonl").read_bytes()
     assert sweep.main(words) == 0
     assert capsys.readouterr().out.count("trial_000") == 1  # in the table
     assert (tmp_path / "sweep.jsonl").read_bytes() == before
-    assert "is of another sweep (its words differ)" in refused(sweep.main, capsys, *words, "--lr", "1e-4")
+    assert "is of another sweep (optimizer.lr was 0.003, is 0.0001)" in refused(sweep.main, capsys, *words, "--lr", "1e-4")
+
+
+def test_a_trial_gets_what_was_typed_unless_that_very_key_is_swept(dataset: Path, tmp_path: Path):
+    typed = ["--norm_eps", "1e-3", "--norm", "layernorm", "--sweep_seed", "3", "--trials", "1"]
+    base = made(dataset, tmp_path, *typed, "--param", "norm=rmsnorm,layernorm").base
+    assert "--model.norm_eps=1e-3" in base
+    assert [word for word in base if word.startswith(("--model.norm=", "--sweep.", "--checkpoint.checkpoint_dir="))] == []
+
+
+def test_a_trial_whose_folder_is_in_use_ends_the_sweep(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One line says who is there, and the trial stays to be done."""
+    (tmp_path / "trial_000").mkdir()
+    file = lock.take(tmp_path / "trial_000" / ".lock")
+    try:
+        with pytest.raises(SystemExit) as stop:
+            sweep.main(swept(dataset, tmp_path, "--param", "d_model=32,16"))
+    finally:
+        lock.release(file)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 7
+    assert out.splitlines() == ["trial_000 of 2: --model.d_model 32"]
+    assert err.startswith("error: checkpoint.checkpoint_dir: ")
+    assert f"trial_000 is in use: process {os.getpid()} on " in err
+    assert len(err.splitlines()) == 1
+    assert [row.get("state") for row in rows_of(tmp_path)] == [None, "running"]
+
+
+@pytest.mark.parametrize("before", [{"state": "interrupted", "exit_code": 130}, {"state": "failed", "reason": "of old"}])
+def test_what_an_earlier_start_has_recorded_is_not_the_end_of_this_one(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], before: dict[str, Any]
+):
+    """A trial that cannot even start after one that was cut off is a row with its reason."""
+    (tmp_path / "trial_000").mkdir()
+    (tmp_path / "trial_000" / "status.json").write_text(json.dumps(before))
+    (tmp_path / "trial_000.log").write_text("error: of old\nThe last line\n")
+    assert sweep.main(swept(dataset, tmp_path, "--param", "d_model=32", "--launcher", FAILING)) == 1
+    assert "  error: no device here (exit code 3)\n" in capsys.readouterr().out
+    [*_, row] = rows_of(tmp_path)
+    assert (row["state"], row["reason"]) == ("failed", "error: no device here (exit code 3)")
+
+
+def test_an_interruption_counts_with_its_exit_code():
+    status = {"state": "interrupted", "exit_code": 143}
+    assert stopped_with(status, 143, [sys.executable]) == 143
+    assert stopped_with(status, 2, [sys.executable]) == 0
+    assert stopped_with(status, 1, ["accelerate", "launch"]) == 143
+    assert stopped_with({"state": "finished", "exit_code": 0}, 0, ["accelerate", "launch"]) == 0
+
+
+def test_a_sweep_goes_on_with_the_same_numbers_alone(dataset: Path, tmp_path: Path):
+    """However they are said: a file that was edited, or other tokens in the same place, make another sweep of it."""
+    data = shutil.copytree(dataset, tmp_path / "data")
+    (tmp_path / "c.yaml").write_text("model: {d_model: 32}\noptimizer: {weight_decay: 0.1}\nlr: 1e-4\n")
+
+    def again(*more: str) -> None:
+        folder = tmp_path / "sweep"
+        folder.mkdir(exist_ok=True)
+        sweep.recall(made(data, folder, "--config", str(tmp_path / "c.yaml"), "--param", "batch_size=4,8", *more))
+
+    again("--batch_size", "2")
+    again("--batch_size", "3", "--weight_decay", "1e-1", "--log_interval", "7", "--trials", "1")
+    (tmp_path / "c.yaml").write_text("weight_decay: 0.1\nd_model: 32\nlogging: {log_interval: 9}\n")
+    again()
+    (tmp_path / "c.yaml").write_text("weight_decay: 0.2\n")
+    with pytest.raises(ConfigError, match=r"of another sweep \(optimizer.weight_decay was 0.1, is 0.2\): type another"):
+        again()
+    with pytest.raises(ConfigError, match=r"of another sweep \(its parameters differ\)"):
+        again("--weight_decay", "0.1", "--param", "seed=1,2")
+    shutil.rmtree(data)
+    write_dataset(data, stdlib_text(60_000)[::-1], stdlib_text(30_000))
+    with pytest.raises(ConfigError, match=r"the tokens of data.train_data_path have changed"):
+        again("--weight_decay", "0.1")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_a_trial_ends_with_its_sweep(tmp_path: Path):
+    """Even if that is killed, and whatever starts the trial: here a launcher, whose pipe closes when it ends."""
+    os.mkfifo(tmp_path / "pipe")
+    launcher = ["-c", f"import signal; file = open({str(tmp_path / 'pipe')!r}, 'wb', 0); file.write(b'up'); signal.pause()"]
+    program = (
+        "import sys; from pathlib import Path; from accel_pretrain.sweep_trials import Trial, run_trial\n"
+        f"run_trial(Trial(trial=0, parameters={{}}), Path({str(tmp_path)!r}), [sys.executable, *{launcher!r}], [])"
+    )
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment(), cwd=REPO)
+    try:
+        assert select.select([pipe], [], [], 120)[0]
+        assert os.read(pipe, 9) == b"up"
+        assert not select.select([pipe], [], [], 0.1)[0]  # control: it is there
+        process.kill()
+        assert select.select([pipe], [], [], 30)[0]
+        assert os.read(pipe, 9) == b""
+    finally:
+        process.kill()
+        process.wait()
+        os.close(pipe)
 
 
 @pytest.mark.slow
@@ -154,7 +262,10 @@ def test_a_sweep_that_is_cut_off_goes_on_with_the_trial_in_progress(dataset: Pat
         (["--param", "lr=1e-3,high"], "optimizer.lr: expected a number"),
         (["--param", "lr=1..2", "--method", "grid"], "a grid needs lists"),
         (["--param", "lr=1,2", "--trials", "0"], "sweep.trials: must be at least 1"),
-        (["--param", "checkpoint_dir=a,b"], "is where the trials are"),
+        (["--param", "checkpoint_dir=a,b"], "is the sweep's own"),
+        (["--param", "lr=1,2", "--launcher", "acelerate launch"], "sweep.launcher: there is no program 'acelerate' to run"),
+        (["--param", "lr=1,2", "--launcher", "accelerate 'launch"], 'sweep.launcher: "accelerate \'launch" cannot be split'),
+        (["--param", "lr=1,2", "--resume_from", "never"], "checkpoint.resume_from: a sweep goes on with each trial by itself"),
     ],
 )
 def test_what_every_trial_would_trip_over_is_refused(
