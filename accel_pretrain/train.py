@@ -57,7 +57,7 @@ usage: accelerate launch -m accel_pretrain.train --config FILE [--section.key VA
        python -m accel_pretrain.train --train_data_path DIR [...]      one process, one device
 
   --print_config   show the resolved config and the plan, and stop
-  --lr_find        try learning rates from too low to too high, say which one to type, and stop; writes only lr_find.png, here
+  --lr_find        try learning rates from too low to too high, say which to type, and stop; only (over)writes lr_find.png
   --help           show this
 
 Every key, its default and its meaning (a key whose last part is unique may stand alone, as --batch_size 32):
