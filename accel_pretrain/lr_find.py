@@ -6,8 +6,8 @@ place of the one before.
 
 The suggestion is the rate by which four fifths of the fall of the smoothed loss are done. Where the loss falls fastest, it does
 so for the first easy nats, at a rate far too low for a larger model, and another for each seed; where it is lowest, the curve
-is flat, and the place a matter of chance. At widths 32, 128 and 256, with AdamW and Muon, suggestions of three seeds were within
-a factor of 1.4; with AdamW they lay between the two best of a grid of half decades, after 200 updates at each.
+is flat, and the place a matter of chance. At widths 32, 128 and 256, with AdamW and Muon, suggestions of three seeds were
+within a factor of 1.4; with AdamW they lay between the two best of a grid of half decades, after 200 updates at each.
 """
 
 from __future__ import annotations
