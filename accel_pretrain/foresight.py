@@ -65,6 +65,8 @@ def in_short(o: Outlook) -> list[str]:
         speed = f"{o.plan.tokens_per_step / o.pace.seconds:,.0f} tokens/s"
         whole = duration(o.pace.seconds * o.plan.max_iters)
         lines.append(f"Plan: {duration(o.pace.seconds)} per update, {speed}, {whole} in all, from {o.pace.source}")
+    elif o.plan.max_iters > AFTER and o.config.debug.takes_time:
+        lines.append("Plan: how long it takes is not said: debug.* takes time too; accel_pretrain.plan says it beforehand")
     elif o.plan.max_iters > AFTER:
         lines.append(f"Plan: how long it takes is said after {AFTER} updates; accel_pretrain.plan says it beforehand")
     return lines

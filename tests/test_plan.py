@@ -196,6 +196,11 @@ def test_a_run_says_how_long_it_takes_as_soon_as_it_knows(run_train: Train, caps
     shown = capsys.readouterr().out
     assert "Plan: how long it takes is said after 50 updates" in shown
     assert re.search(r"^Plan and run: [\d,]+ tokens/s, [\d.]+ (ms|s) of updates to go; ", shown, re.MULTILINE)
+    looking = ("--inspect_interval", "40", "--log_interval", "60")  # what it takes is not the run's
+    assert run_train(tmp_path / "c", "--max_iters", "60", *looking) == 0
+    shown = capsys.readouterr().out
+    assert "Plan: how long it takes is not said" in shown
+    assert "Plan and run" not in shown
     assert run_train(tmp_path / "b", "--max_iters", "50") == 0
     shown = capsys.readouterr().out
     assert "how long it takes" not in shown
