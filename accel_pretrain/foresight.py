@@ -53,12 +53,13 @@ def paced(o: Outlook, machine: Machine, planned: float | None) -> Outlook:
 
 def in_short(o: Outlook) -> list[str]:
     """Two lines."""
+    what = "tensors and libraries" if o.load.device == "cpu" else "tensors"
     device = "up to " if o.load.device == "cpu" else "with CUDA's context "
     free = f" of {gigabytes(o.machine.memory)} that are free" if o.machine and o.machine.memory is not None else ""
     disk = f", of {gigabytes(o.disk_free)} that are free" if o.disk_free is not None else ""
     kept = o.checkpoints_kept
     lines = [
-        f"Plan: {gigabytes(o.memory.total)} of tensors, {device}{gigabytes(o.memory_needed)}{free}; {kept} checkpoints of "
+        f"Plan: {gigabytes(o.memory.total)} of {what}, {device}{gigabytes(o.memory_needed)}{free}; {kept} checkpoints of "
         f"{gigabytes(o.checkpoint)}{disk}; first loss about {first_loss(o.config.model, o.plan.vocab_size):.2f}"
     ]
     if o.pace is not None:

@@ -170,7 +170,8 @@ def test_a_saved_plan_is_compared_with_the_run(capsys: pytest.CaptureFixture[str
     own = [word for word in words if word not in ("--probe_seconds", "0.05")]
     assert train_main([*own, "--max_iters", "60"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    speed, memory = f"{saved['time']['tokens_per_sec']:,.0f} tokens/s", f"{saved['memory']['peak'] / 1e6:,.1f} MB of tensors"
+    speed = f"{saved['time']['tokens_per_sec']:,.0f} tokens/s"
+    memory = f"{saved['memory']['peak'] / 1e6:,.1f} MB of tensors and libraries"
     before, after = [line for line in shown if line.startswith("Plan: ")], [line for line in shown if "Plan and run: " in line]
     assert before[0].startswith(f"Plan: {memory}, up to ")
     assert re.search(rf"per update, {speed}, .* in all, from plan --save$", before[1])
@@ -236,5 +237,8 @@ def test_the_comparison_counts_updates_and_not_pauses(monkeypatch: pytest.Monkey
     assert [at for at, line in enumerate(said, 1) if line] == [50]
     line = said[49]
     assert line is not None
-    assert line.startswith("Plan and run: 500 tokens/s planned, 400 so far (-20%), 25.0 s of updates to go; 1.0 MB of tensors")
+    assert line.startswith(
+        "Plan and run: 500 tokens/s planned, 400 so far (-20%), 25.0 s of updates to go; "
+        "1.0 MB of tensors and libraries planned"
+    )
     assert Hindsight().after(50, watch, torch.device("cpu")) is None
