@@ -41,6 +41,11 @@ class DebugConfig:
         "none", "at that interval, a histogram of each tensor for wandb and tensorboard, as wandb.watch"
     )
 
+    @property
+    def takes_time(self) -> bool:
+        """Whether updates take longer than those of the same run without, so that their pace is not the run's."""
+        return self.detect_anomaly or self.profile is not None or self.inspect_interval is not None
+
     def __post_init__(self) -> None:
         looked_into = self.detect_anomaly or self.inspect_interval is not None
         refuse(

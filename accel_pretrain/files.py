@@ -18,6 +18,11 @@ def write_whole(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def expanded(path: Path | str) -> Path:
+    """With the home for a ``~`` at its beginning. Unlike Path.expanduser, which raises, leaves it where nobody knows that."""
+    return Path(os.path.expanduser(path))
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` durable (POSIX; elsewhere a folder cannot be opened, and there is nothing to do)."""
     if os.name == "posix":

@@ -53,18 +53,21 @@ def paced(o: Outlook, machine: Machine, planned: float | None) -> Outlook:
 
 def in_short(o: Outlook) -> list[str]:
     """Two lines."""
+    what = "tensors and libraries" if o.load.device == "cpu" else "tensors"
     device = "up to " if o.load.device == "cpu" else "with CUDA's context "
     free = f" of {gigabytes(o.machine.memory)} that are free" if o.machine and o.machine.memory is not None else ""
     disk = f", of {gigabytes(o.disk_free)} that are free" if o.disk_free is not None else ""
     kept = o.checkpoints_kept
     lines = [
-        f"Plan: {gigabytes(o.memory.total)} of tensors, {device}{gigabytes(o.memory_needed)}{free}; {kept} checkpoints of "
+        f"Plan: {gigabytes(o.memory.total)} of {what}, {device}{gigabytes(o.memory_needed)}{free}; {kept} checkpoints of "
         f"{gigabytes(o.checkpoint)}{disk}; first loss about {first_loss(o.config.model, o.plan.vocab_size):.2f}"
     ]
     if o.pace is not None:
         speed = f"{o.plan.tokens_per_step / o.pace.seconds:,.0f} tokens/s"
         whole = duration(o.pace.seconds * o.plan.max_iters)
         lines.append(f"Plan: {duration(o.pace.seconds)} per update, {speed}, {whole} in all, from {o.pace.source}")
+    elif o.plan.max_iters > AFTER and o.config.debug.takes_time:
+        lines.append("Plan: how long it takes is not said: debug.* takes time too; accel_pretrain.plan says it beforehand")
     elif o.plan.max_iters > AFTER:
         lines.append(f"Plan: how long it takes is said after {AFTER} updates; accel_pretrain.plan says it beforehand")
     return lines

@@ -23,7 +23,8 @@ AFTER = 50  # updates: by then memory has reached its peak and the first slow on
 class Forecast:
     """What is expected of one start of a run. ``tokens_per_sec`` is of all processes, None where nobody can say.
 
-    ``peak``: bytes of tensors on one device. ``before``: bytes that the process had already, 0 where that is not counted.
+    ``peak``: bytes of tensors on one device, on a CPU with its libraries.
+    ``before``: bytes that the process had already, 0 where that is not counted.
     """
 
     lines: tuple[str, ...]
@@ -70,12 +71,13 @@ def compared(forecast: Forecast, tokens_per_sec: float, step: int, device: torch
     if planned:
         pace = f"{planned:,.0f} tokens/s planned, {tokens_per_sec:,.0f} so far ({tokens_per_sec / planned - 1:+.0%})"
     left = (forecast.max_iters - step) * forecast.tokens_per_step / tokens_per_sec
-    memory = f"{gigabytes(forecast.peak)} of tensors planned"
+    what = "tensors and libraries" if device.type == "cpu" else "tensors"
+    memory = f"{gigabytes(forecast.peak)} of {what} planned"
     most = most_memory(device)
     if most is not None and device.type == "cuda":
         memory += f", {gigabytes(most)} at most so far ({most / forecast.peak - 1:+.0%})"
     elif most is not None:
-        memory += f", {gigabytes(most - forecast.before)} at most so far with libraries and the heap's holes"
+        memory += f", {gigabytes(most - forecast.before)} at most so far with the heap's holes"
     return f"Plan and run: {pace}, {duration(left)} of updates to go; {memory}"
 
 

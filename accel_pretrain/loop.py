@@ -62,7 +62,8 @@ def fit(run: TrainingRun, state: TrainState) -> TrainState:
         state.tokens += update.samples * config.model.context_length
         run.log.advance()
         run.watchdog.enter("update")
-        if line := run.hindsight.after(state.step, run.watch, run.accelerator.device, state.tokens):
+        after = None if config.debug.takes_time else run.hindsight.after
+        if after and (line := after(state.step, run.watch, run.accelerator.device, state.tokens)):
             run.log.line(line)
         if due(state.step, config.logging.log_interval):
             log_update(run, state, update)

@@ -11,6 +11,7 @@ from accel_pretrain.checkpoint import CheckpointConfig, read_model
 from accel_pretrain.commit import find_newest, resolve
 from accel_pretrain.config import Splits
 from accel_pretrain.errors import CheckpointError, ConfigError
+from accel_pretrain.files import expanded
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.tokenizer import load_tokenizer
 from accel_pretrain.typed_yaml import to_plain
@@ -20,7 +21,7 @@ def find_origin(config: CheckpointConfig) -> Path:
     """The checkpoint that ``init_from`` means; once the run has one of its own, that will do too."""
     assert config.init_from is not None
     try:
-        return resolve(config.init_from.expanduser())
+        return resolve(expanded(config.init_from))
     except CheckpointError:
         own = find_newest(config.checkpoint_dir)
         if own is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable, Collection
 from accelerate.tracking import GeneralTracker
 
 AWAITED, START = 5.0, 40.0  # seconds that a run waits for its trackers to start, and that they have for it
+SILENT = 3.0  # seconds of waiting that nobody is told of
 _ROWS = 2000  # calls that may wait
 _log = logging.getLogger(__name__)
 
@@ -34,9 +36,13 @@ class Outbox:
 
     tracker: GeneralTracker | None  # once it has started
 
-    def wait_for_start(self) -> None:
+    def wait_for_start(self, say: Callable[[str], object]) -> None:
         """For a moment: most trackers fail soon if they do, and people want to know at the beginning."""
-        self._started.wait(max(0.0, self._begin + AWAITED - time.monotonic()))
+        end = self._begin + AWAITED
+        if not self._started.wait(max(0.0, min(self._begin + SILENT, end) - time.monotonic())):
+            if (left := end - time.monotonic()) > 0.5:
+                say(f"waiting for {self.name} to start, {left:.0f} s more; then the run begins without")
+            self._started.wait(max(0.0, end - time.monotonic()))
 
     def send(self, call: Callable[[GeneralTracker], object]) -> None:
         """Let ``call`` be made when those before it are done. Returns at once."""
@@ -53,13 +59,26 @@ class Outbox:
         with contextlib.suppress(queue.Full):  # then it hangs, and :meth:`join` gives it up
             self._calls.put_nowait(None)
 
-    def join(self, until: float) -> None:
-        """Wait until it has; later than ``until`` (of :func:`time.monotonic`) it is given up."""
+    def join(self, until: float, *, say: Callable[[str], object], leave: Callable[[], bool]) -> None:
+        """Wait until it has; later than ``until`` (of :func:`time.monotonic`) it is given up, or when ``leave`` says so.
+
+        Who waits for longer than a moment hears of it once, by ``say``.
+        """
         if not self.open:
             return
-        self._started.wait(max(0.0, min(self._begin + START, until) - time.monotonic()))
-        if started := self._started.is_set():
-            self._thread.join(max(0.0, until - time.monotonic()))
+        told = time.monotonic() + SILENT
+        while self._thread.is_alive() and not leave():
+            now, started = time.monotonic(), self._started.is_set()
+            end = until if started else min(self._begin + START, until)
+            if now >= end:
+                break
+            if now >= told:
+                say(f"waiting for {self.name}, up to {end - now:.0f} s more; Ctrl+C leaves")
+                told = math.inf
+            self._thread.join(min(end - now, 0.1))
+        if not self.open:
+            return  # it has failed meanwhile, and said so
+        started = self._started.is_set()
         if self._thread.is_alive():
             what = "finish" if started else "start"
             self._give_up(f"did not {what} in time; what it has not sent is in metrics.jsonl alone")

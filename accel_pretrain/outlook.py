@@ -16,6 +16,7 @@ from accel_pretrain.config import Plan, RunConfig, Splits, make_plan, open_split
 from accel_pretrain.data import Windows
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.estimates import Memory, Workload, checkpoint_bytes, flops_per_token, memory, parameters
+from accel_pretrain.files import expanded
 from accel_pretrain.hardware import CONTEXT_BYTES, KERNEL_BYTES, Machine, free_disk
 from accel_pretrain.mixture import are_there
 from accel_pretrain.models import ModelConfig, mup
@@ -194,7 +195,7 @@ def load_with_shape(cls: type[T], line: CommandLine) -> T:
     config = load(cls, line.config, line.overrides)
     if config.checkpoint.init_from is None:
         return config
-    shape = read_model_config(resolve(config.checkpoint.init_from.expanduser())).resolved()
+    shape = read_model_config(resolve(expanded(config.checkpoint.init_from))).resolved()
     beneath = {f"model.{key}": Entry(value, str(config.checkpoint.init_from)) for key, value in to_plain(shape).items()}
     return load(cls, line.config, line.overrides, beneath)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import platform
 import re
 import time
@@ -63,7 +65,7 @@ def kind_of(precision: str, *, tf32: bool) -> Kind:
     return "bf16" if precision in ("bf16", "fp16") else "tf32" if tf32 else "fp32"
 
 
-def peak_flops(device: torch.device, kind: Kind, cache: Path) -> float | None:
+def peak_flops(device: torch.device, kind: Kind, cache: Path | None) -> float | None:
     """The device's peak, or None where it is not known. A CPU's is measured once, and remembered in the folder ``cache``."""
     if device.type == "cuda":
         return peak_of(torch.cuda.get_device_name(device), kind)
@@ -101,27 +103,49 @@ def processor() -> str:
         return platform.machine()
 
 
-def measured_peak(kind: Kind, cache: Path) -> float:
+def measured_peak(kind: Kind, cache: Path | None) -> float:
     """What large products reach on this CPU with the threads that PyTorch has now: from ``cache``, else measured and put there.
 
     It is measured anew (half a second) for another processor, number of threads or PyTorch. What is measured while the machine
-    is busy is too little: to have it measured again, remove the file.
+    is busy is too little: it counts until a run finds it less busy, and measures again. Without ``cache``, nothing is kept.
     """
     key = f"{processor()} | {torch.get_num_threads()} threads | torch {torch.__version__} | {kind}"
-    path = cache / "peaks.json"
-    known = _remembered(path)
-    if isinstance(known.get(key), int | float) and known[key] > 0:
-        return float(known[key])
-    peak = _products_per_second(torch.bfloat16 if kind == "bf16" else torch.float32)
+    path = None if cache is None else cache / "peaks.json"
+    before, load_before = _entry(_remembered(path).get(key))
+    load = _load()
+    if before and (load_before <= 1 or load > 1):
+        return before
+    peak = max(before, _products_per_second(torch.bfloat16 if kind == "bf16" else torch.float32))
+    if path is None:
+        return peak
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({**_remembered(path), key: peak}, indent=2).encode())
+        entry = {"flops": peak, "load": round(load, 2)}
+        write_whole(path, json.dumps({**_remembered(path), key: entry}, indent=2).encode())
     except OSError as error:  # then the next run measures again
         _log.debug("%s could not be written: %s", path, error)
     return peak
 
 
-def _remembered(path: Path) -> dict[str, Any]:
+def _load() -> float:
+    """Of the last minute, processes that wanted to run per core; 0 where nobody can say."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (OSError, AttributeError):  # Windows has none
+        return 0.0
+
+
+def _entry(found: object) -> tuple[float, float]:
+    """FLOP/s of an entry of the file, 0 if it has none, and the load at which they were measured."""
+    flops, load = (found.get("flops"), found.get("load")) if isinstance(found, dict) else (found, math.inf)
+    if not (isinstance(flops, int | float) and isinstance(load, int | float) and flops > 0):
+        return 0.0, 0.0
+    return float(flops), float(load)
+
+
+def _remembered(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

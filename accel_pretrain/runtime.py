@@ -28,6 +28,7 @@ from accelerate.utils import (
 )
 
 from accel_pretrain.errors import ConfigError, refuse
+from accel_pretrain.files import expanded
 from accel_pretrain.launch_checks import launch_notices, refuse_missing_processes, refuse_recomputing, settle_launch
 from accel_pretrain.launchers import asked_alone, launched, machines, meeting, meeting_place, sharding_asked_for, typed_numbers
 from accel_pretrain.models.recompute import Level
@@ -248,9 +249,11 @@ def runtime_of(training: TrainingConfig) -> tuple[bool, int]:
     return _use_cpu(training.device), _threads(training.cpu_threads)
 
 
-def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "accel_pretrain"
+def cache_folder() -> Path | None:
+    """Where this user's programs keep what can be made again; None where there is no home: then nothing is kept."""
+    home = expanded("~")
+    folder = os.environ.get("XDG_CACHE_HOME") or (home / ".cache" if home.is_absolute() else None)
+    return None if folder is None else expanded(folder) / "accel_pretrain"
 
 
 def peak_for(accelerator: Accelerator, training: TrainingConfig) -> float | None:
@@ -265,7 +268,7 @@ def wandb_knows_me() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE", "online") != "online":
         return True
     server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "wandb"
-    files = (os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc")
+    files = (os.environ.get("NETRC"), expanded("~/.netrc"), expanded("~/_netrc"))
     return any(server in path.read_text(errors="replace") for name in files if name and (path := Path(name)).is_file())
 
 

@@ -57,7 +57,8 @@ class Session:
         """Let the trackers finish, but not wait long for them when a launcher is about to kill what it has asked to stop."""
         seconds = TEARDOWN if self.stop.signal is not None else PATIENT_TEARDOWN
         _end_soon(self.watchdog, seconds, self.exit_code)
-        log.close(seconds - 2)
+        before = self.stop.signal
+        log.close(seconds - 2, leave=lambda: self.stop.signal != before)
 
 
 @contextlib.contextmanager

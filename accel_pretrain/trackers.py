@@ -109,7 +109,7 @@ class RunLog:
         self._hook = quieten_threads([_module(str(name)) for name in self._accelerator.log_with])
         self._outboxes = [Outbox(name, make) for name, make in self._makers(config, flat)]
         for outbox in self._outboxes:
-            outbox.wait_for_start()
+            outbox.wait_for_start(self.line)
 
     def _makers(self, config: LoggingConfig, settings: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], GeneralTracker]]]:
         """For each tracker its name, and what makes it, starts it and tells it the ``settings``."""
@@ -206,8 +206,8 @@ class RunLog:
         for outbox in self._outboxes:
             outbox.send(call)
 
-    def close(self, patience: float = 60.0) -> None:
-        """Make the files durable, and let the trackers finish within so many seconds."""
+    def close(self, patience: float = 60.0, leave: Callable[[], bool] = lambda: False) -> None:
+        """Make the files durable, and let the trackers finish within so many seconds, or until it is time to ``leave``."""
         self._bar.close()
         if self._file is not None:
             self._file.close()
@@ -216,7 +216,7 @@ class RunLog:
         for outbox in self._outboxes:
             outbox.finish()
         for outbox in self._outboxes:
-            outbox.join(until)
+            outbox.join(until, say=self.line, leave=leave)
         self._outboxes = []
         if self._hook is not None:
             threading.excepthook, self._hook = self._hook, None

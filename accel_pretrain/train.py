@@ -25,7 +25,7 @@ from accel_pretrain.config import Plan, RunConfig, Splits, flat, make_plan, open
 from accel_pretrain.data import TokenBatches
 from accel_pretrain.debugging import conclude, install
 from accel_pretrain.errors import CheckpointError, ConfigError, PretrainError, reported
-from accel_pretrain.files import write_whole
+from accel_pretrain.files import expanded, write_whole
 from accel_pretrain.foresight import foresee
 from accel_pretrain.guard import Guard
 from accel_pretrain.hindsight import Hindsight
@@ -57,7 +57,7 @@ usage: accelerate launch -m accel_pretrain.train --config FILE [--section.key VA
        python -m accel_pretrain.train --train_data_path DIR [...]      one process, one device
 
   --print_config   show the resolved config and the plan, and stop
-  --lr_find        try learning rates from too low to too high, say which one to type, and stop; writes only lr_find.png, here
+  --lr_find        try learning rates from too low to too high, say which to type, and stop; only (over)writes lr_find.png
   --help           show this
 
 Every key, its default and its meaning (a key whose last part is unique may stand alone, as --batch_size 32):
@@ -89,7 +89,7 @@ def load_config(line: CommandLine) -> RunConfig:
     file, overrides = line.config, line.overrides
     resume_from = dict(overrides).get("checkpoint.resume_from")
     if file is None and resume_from is not None and str(resume_from.raw).lower() not in ("auto", "never", *NULLS):
-        checkpoint = _named(Path(resume_from.raw).expanduser())
+        checkpoint = _named(expanded(resume_from.raw))
         file = checkpoint / "config.yaml"
         here = Entry(str(checkpoint.parent), "--resume_from")  # the run may have been moved since it recorded its directory
         overrides = (("checkpoint.checkpoint_dir", here), *overrides)
@@ -241,7 +241,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     """The verified checkpoint that ``resume_from`` means, or None. Damaged ones are moved away: only for who holds the run."""
     run_dir, wanted = config.checkpoint.checkpoint_dir, config.checkpoint.resume_from
     if wanted not in ("auto", "never", None):
-        place = Path(wanted).expanduser()
+        place = expanded(wanted)
         inside = run_dir.resolve() in (place.resolve(), place.resolve().parent)
         if (is_restart() or not inside) and _began_with(run_dir, place) and (newest := find_newest(run_dir, quarantine=True)):
             print(f"going on with {newest.name}; this run has begun with {wanted}")
@@ -266,7 +266,7 @@ def _began_with(run_dir: Path, place: Path) -> bool:
         before = load(RunConfig, run_dir / "config.yaml").checkpoint.resume_from
     except (PretrainError, OSError):
         return False
-    return before is not None and Path(before).expanduser().resolve() == place.resolve()
+    return before is not None and expanded(before).resolve() == place.resolve()
 
 
 def check_compatible(config: RunConfig, plan: Plan, splits: Splits, checkpoint: Path, precision: str) -> None:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         search = Search(config, plan, measuring(config, plan), kind=kind_of(config))
         search.say = lambda candidate: print(table_row(search, candidate), flush=True)
         memory = memory_file(search)
-        remembered = None if "fresh" in line.flags else recall(memory)
+        remembered = None if "fresh" in line.flags or memory is None else recall(memory)
         if remembered is not None:
             search.rows = remembered
         print(_TABLE_HEAD)
@@ -97,11 +97,11 @@ def refuse_early(config: TunedRun, source: Path | None) -> None:
     )
 
 
-def measure_all(search: Search, memory: Path) -> None:
+def measure_all(search: Search, memory: Path | None) -> None:
     """Search and remember. Who ends it early still gets to know what is the best so far."""
     try:
         with signals_as_exceptions():
-            if search.run():
+            if search.run() and memory is not None:
                 remember(memory, search.rows)
     except (KeyboardInterrupt, SystemExit):
         if any(trial.problem is None for trial in search.rows.values()):
@@ -195,8 +195,8 @@ def words_for(search: Search, candidate: Candidate) -> str:
 # ----------------------------------------------------------------------------------------------------- what was found before
 
 
-def memory_file(search: Search) -> Path:
-    """Where the rows of this question are kept: what they depend on, hashed."""
+def memory_file(search: Search) -> Path | None:
+    """Where the rows of this question are kept: what they depend on, hashed. None without a home."""
     config, plan, cpu, limit = search.config, search.plan, not search.on_gpu, limit_of(search.config)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "mps"
     device = f"{processor()}, {threads_of(config)} threads" if cpu else device
@@ -209,7 +209,8 @@ def memory_file(search: Search) -> Path:
         "memory": limit and round(math.log2(limit)),  # what is free is never the same twice
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / "tune" / f"{key}.json"
+    folder = cache_folder()
+    return folder and folder / "tune" / f"{key}.json"
 
 
 def remember(path: Path, rows: dict[Candidate, Trial]) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from accel_pretrain.files import expanded
 from accel_pretrain.yaml_files import read_list
 
 NULLS = frozenset({"null", "none", "~", ""})
@@ -127,7 +127,7 @@ def _str(raw: Any) -> str:
 def _path(raw: Any) -> Path:
     if not isinstance(raw, str) or not raw.strip() or "\0" in raw:
         raise Mismatch("a path")
-    return Path(os.path.expanduser(raw))  # unlike Path.expanduser, leaves the name of an unknown user as it is
+    return expanded(raw)
 
 
 def _describe(annotation: Any) -> str:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import yaml
 
 from accel_pretrain.errors import ConfigError
+from accel_pretrain.files import expanded
 from accel_pretrain.redaction import secret_in
 from accel_pretrain.typed_keys import Keys, Leaf, fields_of, members_of
 from accel_pretrain.typed_keys import leaves as leaves  # through here for everybody else
@@ -132,7 +133,7 @@ def parse_command_line(
         elif not equals:
             value = words.pop(0)
         if name == "config":
-            config = Path(os.path.expanduser(value))
+            config = expanded(value)
         elif isinstance(leaf, str):
             problems.append(leaf)
         elif leaf is not None:

@@ -12,7 +12,7 @@ import pytest
 
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import ConfigError, PretrainError
-from accel_pretrain.lr_find import HIGHEST, LOWEST, evaluate, is_hopeless, refuse_what_is_another_run, smooth
+from accel_pretrain.lr_find import HIGHEST, LOWEST, evaluate, is_hopeless, refuse_what_is_another_run, report, smooth
 from tests.running import TINY, Train, environment, launch, losses
 
 PNG = b"\x89PNG"
@@ -55,6 +55,28 @@ def test_training_at_the_suggestion_beats_ten_times_more_and_less(
 
 
 @pytest.mark.slow
+def test_of_a_larger_model_too_and_alike_for_every_seed(
+    run_train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shape = ("--d_model", "256", "--num_layers", "4", "--d_ff", "512")
+    found = []
+    for seed in range(3):
+        assert run_train(tmp_path / "run", "--lr_find", *shape, "--seed", str(seed)) == 0
+        found.append(float(suggested(capsys.readouterr().out)))
+    assert max(found) < 3 * min(found), found
+    reached = {}
+    for factor in (0.1, 1, 10):
+        words = ("--max_iters", "200", "--warmup_iters", "20", *shape, "--lr", str(factor * found[0]))
+        assert run_train(tmp_path / str(factor), *words) == 0
+        reached[factor] = np.mean(losses(tmp_path / str(factor))[-20:])
+    assert reached[1] < min(reached[0.1], reached[10]) + 0.03, reached
+
+
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(
     run_train: Train, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,6 +111,30 @@ def test_the_suggestion_is_below_what_diverges_and_within_the_fall() -> None:
     assert noisy.suggestion == pytest.approx(result.suggestion, rel=1.5)
     higher = evaluate(RATES, curve(1e-2, 1))
     assert higher.suggestion == pytest.approx(10 * result.suggestion, rel=0.2)
+
+
+def test_the_first_easy_nats_do_not_decide() -> None:
+    """What a larger model shows: the steepest fall is at a rate far too low, where it learns how often tokens occur."""
+    for easy in (2e-5, 4e-5, 8e-5):
+        logs = np.log10(RATES)
+        first = 2 / (1 + np.exp(-12 * (logs - np.log10(easy))))
+        result = evaluate(RATES, curve(4e-4, 1e-1) - first)
+        steepest = RATES[np.gradient(result.smoothed).argmin()]
+        assert steepest == pytest.approx(easy, rel=0.2)  # so this is such a curve
+        assert 3e-4 < result.suggestion < 1e-3
+
+
+def test_where_no_picture_can_be_written_the_answer_is_said_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr_find.png").mkdir()  # root may write into any folder, but not over this
+    said: list[str] = []
+    report(evaluate(RATES, curve(1e-3, 1e-1)), said.append)
+    assert [line.rpartition("\n")[2][:10] for line in said] == ["type: --lr"]
+    assert [record.getMessage().partition(" could")[0] for record in caplog.records] == [
+        f"no picture: {tmp_path / 'lr_find.png'}"
+    ]
 
 
 def test_a_loss_that_never_falls_gives_no_suggestion() -> None:

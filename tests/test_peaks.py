@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def test_apple_s_are_cores_times_what_one_does(
 def test_a_cpu_is_measured_once_for_each_number_of_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     measured: list[torch.dtype] = []
     monkeypatch.setattr(peaks, "_products_per_second", lambda dtype: measured.append(dtype) or 1e9 * len(measured))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     torch.set_num_threads(1)
     assert [measured_peak(kind, tmp_path) for kind in ("fp32", "bf16", "fp32", "bf16")] == [1e9, 2e9, 1e9, 2e9]
     torch.set_num_threads(2)
@@ -93,6 +95,24 @@ def test_a_cpu_is_measured_once_for_each_number_of_threads(monkeypatch: pytest.M
     assert measured_peak("fp32", tmp_path) == 4e9
     assert len(json.loads((tmp_path / "peaks.json").read_text())) == 1
     assert measured_peak("fp32", tmp_path / "peaks.json" / "no folder") == 5e9  # where nothing can be kept
+    assert measured_peak("fp32", None) == 6e9  # or nobody has a home
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_again_on_one_that_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    load, found = [0.0], iter([1e9, 3e9, 9e9, 2e9])
+    monkeypatch.setattr(os, "getloadavg", lambda: (load[0] * (os.cpu_count() or 1), 0.0, 0.0))
+    monkeypatch.setattr(peaks, "_products_per_second", lambda dtype: next(found))
+    given: list[float] = []
+    for load[0] in (1.5, 1.5, 0.5, 0.2):
+        given.append(measured_peak("fp32", tmp_path))
+    assert given == [1e9, 1e9, 3e9, 3e9]
+    [key] = json.loads((tmp_path / "peaks.json").read_text())
+    (tmp_path / "peaks.json").write_text(json.dumps({key: 1e9}))  # of before loads were told
+    assert measured_peak("fp32", tmp_path) == 9e9
+    (tmp_path / "peaks.json").write_text(json.dumps({key: {"flops": 5e9, "load": 2.0}}))
+    assert measured_peak("fp32", tmp_path) == 5e9  # the larger one, though the machine was busy
 
 
 def test_a_run_on_a_cpu_has_a_share_of_a_measured_peak(
@@ -104,10 +124,10 @@ def test_a_run_on_a_cpu_has_a_share_of_a_measured_peak(
     assert run_train(tmp_path / "run", "--max_iters", "2") == 0
     [key] = (known := json.loads((tmp_path / "cache" / "accel_pretrain" / "peaks.json").read_text()))
     assert re.fullmatch(r".+ \| 1 threads \| torch .+ \| fp32", key)
-    assert known[key] > 1e8
+    assert known[key]["flops"] > 1e8
     plan = json.loads((tmp_path / "run" / "starts.jsonl").read_text())["plan"]
     first = rows(tmp_path / "run")[0]
-    expected = first["train/tokens_per_sec"] * plan["flops_per_token"] / known[key]
+    expected = first["train/tokens_per_sec"] * plan["flops_per_token"] / known[key]["flops"]
     assert 0 < first["train/mfu"] == pytest.approx(expected)
     assert re.search(r"Iter      1 \| .* \| MFU: \d+\.\d%", capsys.readouterr().out)
 

@@ -170,7 +170,8 @@ def test_a_saved_plan_is_compared_with_the_run(capsys: pytest.CaptureFixture[str
     own = [word for word in words if word not in ("--probe_seconds", "0.05")]
     assert train_main([*own, "--max_iters", "60"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    speed, memory = f"{saved['time']['tokens_per_sec']:,.0f} tokens/s", f"{saved['memory']['peak'] / 1e6:,.1f} MB of tensors"
+    speed = f"{saved['time']['tokens_per_sec']:,.0f} tokens/s"
+    memory = f"{saved['memory']['peak'] / 1e6:,.1f} MB of tensors and libraries"
     before, after = [line for line in shown if line.startswith("Plan: ")], [line for line in shown if "Plan and run: " in line]
     assert before[0].startswith(f"Plan: {memory}, up to ")
     assert re.search(rf"per update, {speed}, .* in all, from plan --save$", before[1])
@@ -196,6 +197,11 @@ def test_a_run_says_how_long_it_takes_as_soon_as_it_knows(run_train: Train, caps
     shown = capsys.readouterr().out
     assert "Plan: how long it takes is said after 50 updates" in shown
     assert re.search(r"^Plan and run: [\d,]+ tokens/s, [\d.]+ (ms|s) of updates to go; ", shown, re.MULTILINE)
+    looking = ("--inspect_interval", "40", "--log_interval", "60")  # what it takes is not the run's
+    assert run_train(tmp_path / "c", "--max_iters", "60", *looking) == 0
+    shown = capsys.readouterr().out
+    assert "Plan: how long it takes is not said" in shown
+    assert "Plan and run" not in shown
     assert run_train(tmp_path / "b", "--max_iters", "50") == 0
     shown = capsys.readouterr().out
     assert "how long it takes" not in shown
@@ -231,5 +237,8 @@ def test_the_comparison_counts_updates_and_not_pauses(monkeypatch: pytest.Monkey
     assert [at for at, line in enumerate(said, 1) if line] == [50]
     line = said[49]
     assert line is not None
-    assert line.startswith("Plan and run: 500 tokens/s planned, 400 so far (-20%), 25.0 s of updates to go; 1.0 MB of tensors")
+    assert line.startswith(
+        "Plan and run: 500 tokens/s planned, 400 so far (-20%), 25.0 s of updates to go; "
+        "1.0 MB of tensors and libraries planned"
+    )
     assert Hindsight().after(50, watch, torch.device("cpu")) is None

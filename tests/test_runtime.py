@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ from accel_pretrain.runtime import (
     seed_dropout,
     together,
 )  # fmt: skip
-from tests.running import REPO, TINY, environment, launch, newest
+from tests.running import REPO, TINY, environment, launch, losses, newest
 
 LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
 
@@ -251,3 +253,22 @@ def test_a_failure_anywhere_is_raised_everywhere() -> None:
             raise OSError("disk full")
     with pytest.raises(CheckpointError, match="another process failed"), together(processes(2, 1), CheckpointError):
         pass
+
+
+def test_a_run_goes_on_where_nobody_knows_a_home(dataset: Path, tmp_path: Path) -> None:
+    """As in a container that is started with ``--user 12345``; also what looks for a key of wandb."""
+    unshare = [shutil.which("unshare") or "", "--user", "--map-user=12345", "--map-group=12345", "env", "-u", "HOME"]
+    nobody = "import os; raise SystemExit(os.path.expanduser('~') != '~')"
+    here = environment()
+    for name in ("XDG_CACHE_HOME", "WANDB_MODE"):
+        here.pop(name, None)
+    if not unshare[0] or subprocess.run([*unshare, sys.executable, "-c", nobody], capture_output=True, env=here).returncode:
+        pytest.skip("a user without a home needs user namespaces")
+    words = ["--train_data_path", str(dataset), "--checkpoint_dir", str(tmp_path / "run"), *TINY, "--max_iters", "2"]
+    program = "from accel_pretrain import runtime, train; assert not runtime.wandb_knows_me(); raise SystemExit(train.main())"
+    command = [*unshare, sys.executable, "-c", program, *words]
+    done = subprocess.run(command, env=here, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "MFU: n/a" not in done.stdout  # measured, and kept nowhere
+    assert len(losses(tmp_path / "run")) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # no folder with the name of a tilde

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -149,6 +150,29 @@ def test_a_tracker_that_hangs_costs_one_warning_and_no_time(
     assert [row["step"] for row in rows(tmp_path)] == [*range(1, 10), 9]
     assert whole.calls[-1][0] == "finish"
     assert newest(tmp_path).name == "checkpoint_00000009"
+
+
+def test_who_waits_for_a_tracker_at_the_end_is_told_and_ctrl_c_leaves(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(Hanging):
+        def finish(self) -> None:
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+            super().finish()
+
+    hanging = Interrupted("finish")
+    monkeypatch.setattr(outbox, "SILENT", 0.2)
+    monkeypatch.setattr(LoggingConfig, "tracker_names", [hanging])
+    begin = time.monotonic()
+    try:
+        assert run_train(tmp_path, "--max_iters", "1") == 0
+        assert time.monotonic() - begin < 40  # it would be 58 s
+    finally:
+        hanging.over.set()
+    assert re.findall(r"^waiting for .*", capsys.readouterr().out, re.MULTILINE) == [
+        "waiting for recorder, up to 58 s more; Ctrl+C leaves"
+    ]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
 def test_a_tracker_that_is_slow_gets_everything_and_holds_up_nothing(

@@ -358,7 +358,9 @@ def remembered_in(**words: object) -> str:
     options = {name: words.pop(name) for name in ("memory_gb", "world_size") if name in words}
     config, plan = planned(**words)  # type: ignore[arg-type]
     config = dataclasses.replace(config, tune=dataclasses.replace(config.tune, **options))  # type: ignore[arg-type]
-    return tune.memory_file(Search(config, plan, lambda candidate, left: OUTLAW)).name
+    memory = tune.memory_file(Search(config, plan, lambda candidate, left: OUTLAW))
+    assert memory is not None
+    return memory.name
 
 
 def test_another_question_is_not_answered_from_memory(monkeypatch: pytest.MonkeyPatch):

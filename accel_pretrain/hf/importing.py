@@ -13,6 +13,7 @@ import torch
 from accel_pretrain.checkpoint import WEIGHTS, CheckpointConfig, write_model_description
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import CheckpointError, ConfigError, refuse
+from accel_pretrain.files import expanded
 from accel_pretrain.hf.convert import Shapes, links_by_ours, read_ours
 from accel_pretrain.hf.described import Described
 from accel_pretrain.hf.families import FAMILIES
@@ -109,7 +110,7 @@ def _how_it_generates(source: Path) -> dict[str, dict[str, object]]:
 
 def find_source(source: str, revision: str | None) -> Path:
     """A local path, or a hub id that is downloaded into the hub's own cache (or found there without a network)."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.exists() or path.with_name(path.name + ".index").exists():
         return path
     if not _HUB_ID.fullmatch(source):
@@ -201,7 +202,7 @@ def find_tokenizer(source: Path, config: ImportConfig, model: ModelConfig) -> To
     folder = source if source.is_dir() else source.parent
     files = ("tokenizer.json", "vocab.json", "encoder.json")
     if config.tokenizer is not None:
-        named = Path(config.tokenizer).expanduser()
+        named = expanded(config.tokenizer)
         of_others = named.is_dir() and any((named / name).is_file() for name in files) and not (named / "spec.json").is_file()
         tokenizer = read_hf_tokenizer(named, config.eos) if of_others else load_tokenizer(config.tokenizer)
     elif any((folder / name).is_file() for name in files):
