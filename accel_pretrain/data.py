@@ -10,7 +10,7 @@ run consumes the others, in the same order (:func:`numbers_of`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -49,12 +49,16 @@ class DataConfig:
     )
     mixture_end_tokens: int | None = option(None, "over how many tokens they move; then they stay")
     dtype: Literal["uint16", "uint32"] | None = option(None, "of a bare file; null: the dataset's, or uint16")
-    packing: Literal["windows", "bos"] = option(
+    packing: Packing = option(
         "windows", "windows: cut anywhere, every token once per epoch; bos: a window begins where a document does"
     )
     intra_document_masking: bool = option(
         False, "tokens see only their own document, in training and evaluation, and positions begin again with each"
     )
+
+    def without_documents(self) -> DataConfig:
+        """The same for tokens in which documents cannot be told apart: unknown ones, or made up."""
+        return replace(self, packing="windows", intra_document_masking=False)
 
     def __post_init__(self) -> None:
         for key, given, weighted in (("train", self.train_data_path, True), ("val", self.val_data_path, False)):

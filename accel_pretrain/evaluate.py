@@ -26,6 +26,7 @@ from accel_pretrain.data import Windows
 from accel_pretrain.errors import ConfigError, DataError, refuse, reported
 from accel_pretrain.harness import Scorer, TasksConfig, as_plain, as_tables, find_tasks, run_tasks
 from accel_pretrain.heldout import find_data, misfits
+from accel_pretrain.launchers import leave_after
 from accel_pretrain.mixture import open_data, paths_of
 from accel_pretrain.models import Transformer
 from accel_pretrain.runtime import TrainingConfig, build_accelerator
@@ -255,4 +256,4 @@ def rows_of(report: Report) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

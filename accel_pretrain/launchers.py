@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from accelerate.commands.config.config_args import default_config_file
 
-from accel_pretrain.errors import PeerError
+from accel_pretrain.errors import PeerError, exit_code_of
 
 
 def launched() -> bool:
@@ -203,6 +204,28 @@ def meeting() -> Iterator[None]:
         raise PeerError(f"the {size} processes of this run did not meet at {place}: {reason}") from None
     finally:
         timer.cancel()
+
+
+def leave_after(main: Callable[[], int]) -> NoReturn:
+    """Call ``main`` and end this process with its exit code.
+
+    One of several leaves without taking the interpreter down: threads of gloo outlive ``destroy_process_group``, and one
+    that lets go of a tensor meanwhile aborts the process, whose run was whole (pytorch/pytorch#179291).
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(main())
+    try:
+        code = main()
+    except SystemExit as asked:
+        code = exit_code_of(asked)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 PATIENCE = 15.0  # seconds of waiting for other processes after which a person wants to know

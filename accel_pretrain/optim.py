@@ -14,7 +14,7 @@ from accel_pretrain.errors import refuse
 from accel_pretrain.models import ModelConfig, Transformer, hollow
 from accel_pretrain.models.mup import lr_scale
 from accel_pretrain.muon import muon_rule
-from accel_pretrain.rules import ByRules, Group, adamw_rule
+from accel_pretrain.rules import ByRules, Group, adamw_rule, is_share
 from accel_pretrain.typed_yaml import option
 
 _LR_ALIASES = ("learning_rate",)
@@ -60,10 +60,9 @@ def decay_groups(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2): torch's fused implementation."""
+class _Adam:
+    """What AdamW has, and others that follow it, if only for some of the parameters."""
 
-    name: Literal["adamw"] = option("adamw", "adamw | sgd | muon | lion | adamw8 | galore")
     lr: float = option(6e-4, "peak learning rate", aliases=_LR_ALIASES)
     weight_decay: float = option(0.1, "decoupled, on matrices and embeddings only")
     beta1: float = option(0.9, "decay of the mean of gradients")
@@ -73,7 +72,23 @@ class AdamW:
     head_lr_scale: float = option(1.0, _HEAD_DOC)
 
     def __post_init__(self) -> None:
-        refuse(*_common_checks(self), *_adam_checks(self))
+        refuse(*self.checks())
+
+    def checks(self) -> list[tuple[bool, str]]:
+        """What is wrong with these settings, for :func:`~accel_pretrain.errors.refuse`."""
+        eps = (self.eps <= 0, f"eps: must be positive, got {self.eps}")
+        return [*_common_checks(self), *_beta_checks(self), eps, *_scale_checks(self)]
+
+    def adamw_group(self) -> Group:
+        """What a group of AdamW beside another rule gets."""
+        return {"rule": "adamw", "fused": True, "betas": (self.beta1, self.beta2), "eps": self.eps}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(_Adam):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2): torch's fused implementation."""
+
+    name: Literal["adamw"] = option("adamw", "adamw | sgd | muon | lion | adamw8 | galore")
 
     def groups(self, model: nn.Module) -> list[Group]:
         return decay_groups(model, self.weight_decay, self.lr, _scales(self))
@@ -107,7 +122,7 @@ class SGD:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         groups = self.groups(model)
-        shares = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())  # torch 2.13 does not fuse those
+        shares = any(map(is_share, model.parameters()))  # torch 2.13 does not fuse those
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=not shares)
 
     def moments(self, group: Group, parameter: torch.Tensor) -> float:
@@ -115,29 +130,26 @@ class SGD:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon:
+class Muon(_Adam):
     """Momentum made orthogonal for matrices of attention and feed-forward, AdamW for all else: :mod:`accel_pretrain.muon`."""
 
     name: Literal["muon"] = option("muon", "")
     lr: float = option(
         6e-4, "peak learning rate of all groups; entries of an update are as large as AdamW's", aliases=_LR_ALIASES
     )
-    weight_decay: float = option(0.1, "decoupled, on matrices and embeddings only")
     momentum: float = option(0.95, "decay of the mean of gradients of matrices")
     beta1: float = option(0.9, "AdamW's, for all else")
     beta2: float = option(0.95, "AdamW's, for all else")
     eps: float = option(1e-8, "AdamW's, for all else")
-    embedding_lr_scale: float = option(1.0, _EMBEDDING_DOC)
-    head_lr_scale: float = option(1.0, _HEAD_DOC)
 
-    def __post_init__(self) -> None:
+    def checks(self) -> list[tuple[bool, str]]:
         in_range = (not 0 <= self.momentum < 1, f"momentum: must be at least 0 and below 1, got {self.momentum}")
-        refuse(*_common_checks(self), *_adam_checks(self), in_range)
+        return [*super().checks(), in_range]
 
     def groups(self, model: nn.Module) -> list[Group]:
         own = {"rule": "muon", "fused": True, "momentum": self.momentum, "precision": "no", "processes": 1}
         return decay_groups(
-            model, self.weight_decay, self.lr, _scales(self), lambda kind, _: own if kind == "matrix" else _adam(self)
+            model, self.weight_decay, self.lr, _scales(self), lambda kind, _: own if kind == "matrix" else self.adamw_group()
         )
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -174,25 +186,15 @@ class Lion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW8:
+class AdamW8(_Adam):
     """AdamW whose two moments of matrices and embeddings are a byte each: a quarter of the memory."""
 
     name: Literal["adamw8"] = option("adamw8", "")
-    lr: float = option(6e-4, "peak learning rate", aliases=_LR_ALIASES)
-    weight_decay: float = option(0.1, "decoupled, on matrices and embeddings only")
-    beta1: float = option(0.9, "decay of the mean of gradients")
-    beta2: float = option(0.95, "decay of the mean of squared gradients")
-    eps: float = option(1e-8, "added to the root of the mean of squared gradients")
-    embedding_lr_scale: float = option(1.0, _EMBEDDING_DOC)
-    head_lr_scale: float = option(1.0, _HEAD_DOC)
-
-    def __post_init__(self) -> None:
-        refuse(*_common_checks(self), *_adam_checks(self))
 
     def groups(self, model: nn.Module) -> list[Group]:
         own = {"rule": "adamw8", "betas": (self.beta1, self.beta2), "eps": self.eps}
         return decay_groups(
-            model, self.weight_decay, self.lr, _scales(self), lambda _, own_: own if own_.ndim == 2 else _adam(self)
+            model, self.weight_decay, self.lr, _scales(self), lambda _, own_: own if own_.ndim == 2 else self.adamw_group()
         )
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -205,26 +207,19 @@ class AdamW8:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaLore:
+class GaLore(_Adam):
     """AdamW in a space of few dimensions, of each matrix's gradient (Zhao et al. 2024, "GaLore")."""
 
     name: Literal["galore"] = option("galore", "")
-    lr: float = option(6e-4, "peak learning rate", aliases=_LR_ALIASES)
-    weight_decay: float = option(0.1, "decoupled, on matrices and embeddings only")
-    beta1: float = option(0.9, "decay of the mean of gradients")
-    beta2: float = option(0.95, "decay of the mean of squared gradients")
-    eps: float = option(1e-8, "added to the root of the mean of squared gradients")
     projection_rank: int | None = option(
         None, "dimensions that are left of each row of a matrix; smaller matrices follow AdamW; null: d_model / 3"
     )
     projection_interval: int = option(50, "updates after which these dimensions are chosen anew")
-    embedding_lr_scale: float = option(1.0, _EMBEDDING_DOC)
-    head_lr_scale: float = option(1.0, _HEAD_DOC)
 
-    def __post_init__(self) -> None:
+    def checks(self) -> list[tuple[bool, str]]:
         counts = {"projection_rank": self.projection_rank, "projection_interval": self.projection_interval}
         few = [(count is not None and count < 1, f"{name}: must be at least 1, got {count}") for name, count in counts.items()]
-        refuse(*_common_checks(self), *_adam_checks(self), *few)
+        return [*super().checks(), *few]
 
     def groups(self, model: nn.Module) -> list[Group]:
         rank = self.projection_rank or _third(model)
@@ -232,7 +227,7 @@ class GaLore:
         own |= {"betas": (self.beta1, self.beta2), "eps": self.eps}
 
         def rule(kind: str, parameter: torch.Tensor) -> Group:
-            return own if parameter.ndim == 2 and min(parameter.shape) > rank else _adam(self)
+            return own if parameter.ndim == 2 and min(parameter.shape) > rank else self.adamw_group()
 
         return decay_groups(model, self.weight_decay, self.lr, _scales(self), rule)
 
@@ -254,15 +249,9 @@ def _third(model: nn.Module) -> int:
 
 
 Optimizer = AdamW | SGD | Muon | Lion | AdamW8 | GaLore
-_Adam = AdamW | Muon | AdamW8 | GaLore
 
 
-def _adam(config: _Adam) -> Group:
-    """What a group of AdamW beside another rule gets."""
-    return {"rule": "adamw", "fused": True, "betas": (config.beta1, config.beta2), "eps": config.eps}
-
-
-def _common_checks(config: Optimizer) -> list[tuple[bool, str]]:
+def _common_checks(config: _Adam | SGD | Lion) -> list[tuple[bool, str]]:
     return [
         (config.lr <= 0, f"lr: must be positive, got {config.lr}"),
         (config.weight_decay < 0, f"weight_decay: must not be negative, got {config.weight_decay}"),
@@ -278,11 +267,6 @@ def _beta_checks(config: _Adam | Lion) -> list[tuple[bool, str]]:
 
 def _scale_checks(config: _Adam | Lion) -> list[tuple[bool, str]]:
     return [(scale <= 0, f"{kind}_lr_scale: must be positive, got {scale}") for kind, scale in _scales(config).items()]
-
-
-def _adam_checks(config: _Adam) -> list[tuple[bool, str]]:
-    eps = (config.eps <= 0, f"eps: must be positive, got {config.eps}")
-    return [*_beta_checks(config), eps, *_scale_checks(config)]
 
 
 def _scales(config: _Adam | Lion) -> dict[str, float]:

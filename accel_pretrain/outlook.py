@@ -218,7 +218,7 @@ def look_ahead(
 ) -> Outlook:
     """The outlook on a run, without its pace. Raises :class:`ConfigError` with everything that does not fit together."""
     if plan is None and splits is None:
-        nowhere = replace(config, data=replace(config.data, packing="windows", intra_document_masking=False))
+        nowhere = replace(config, data=config.data.without_documents())
         plan = make_plan(nowhere, unknown_splits(config), world_size)
     plan = plan or make_plan(config, splits or unknown_splits(config), world_size)
     load = workload(config, plan, machine.device if machine else "cuda")

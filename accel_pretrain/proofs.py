@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,17 @@ def shrunk(config: RunConfig, parameters: int) -> tuple[RunConfig, list[str]]:
     return small, changes
 
 
+def run_to_its_end(command: Sequence[str], what: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of ours, with ``variables`` in its environment. Raises :class:`Failed` with its own first error."""
+    done = subprocess.run(
+        command, env=environment_of_its_own(**variables), capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error")] or done.stderr.splitlines()[-1:]
+        raise Failed(f"{what} ended with {done.returncode}: {' '.join(lines[:1])}")
+    return done
+
+
 class Runs:
     """Runs of one small config below one folder. The proofs return what they saw, or raise :class:`Failed`."""
 
@@ -148,13 +159,7 @@ class Runs:
 
     def train(self, name: str, *words: str, processes: int = 1, variables: Mapping[str, str] = _NONE) -> str:
         """Run the trainer to its end and return what it printed."""
-        done = subprocess.run(
-            self.command(name, *words, processes=processes), env=environment_of_its_own(**variables),
-            capture_output=True, text=True, errors="replace", timeout=_TIMEOUT,
-        )  # fmt: skip
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("error")] or done.stderr.splitlines()[-1:]
-            raise Failed(f"the trainer ended with {done.returncode}: {' '.join(lines[:1])}")
+        done = run_to_its_end(self.command(name, *words, processes=processes), what="the trainer", **variables)
         return done.stdout + done.stderr
 
     def checkpoint(self, name: str, step: int) -> Path:

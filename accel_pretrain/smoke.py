@@ -13,14 +13,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from accel_pretrain.launchers import environment_of_its_own
 from accel_pretrain.metrics import METRICS_FILE, read_metrics
-from accel_pretrain.proofs import Failed, Result
+from accel_pretrain.proofs import Failed, Result, run_to_its_end
 
 UPDATES = 80
 LEARNT = 2.5  # nats per byte at most; 80 updates come to about 1
 MODEL = "--d_model 128 --num_layers 2 --num_heads 4 --d_ff 384 --context_length 128 --batch_size 16 --lr 3e-3"
-_TIMEOUT = 300
 
 
 def smoke(folder: Path, *words: str) -> Result:
@@ -51,14 +49,7 @@ def _everything(folder: Path, words: Sequence[str]) -> str:
 
 def _run(module: str, *words: str) -> str:
     """The standard output of a program of ours, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *words], env=environment_of_its_own(), capture_output=True, text=True, errors="replace",
-        timeout=_TIMEOUT,
-    )  # fmt: skip
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error")] or done.stderr.splitlines()[-1:]
-        raise Failed(f"{module} ended with {done.returncode}: {' '.join(lines[:1])}")
-    return done.stdout
+    return run_to_its_end([sys.executable, "-m", module, *words], what=module).stdout
 
 
 def made_up(sentences: int) -> str:

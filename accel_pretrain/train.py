@@ -30,7 +30,7 @@ from accel_pretrain.foresight import foresee
 from accel_pretrain.guard import Guard
 from accel_pretrain.hindsight import Hindsight
 from accel_pretrain.history import about, read_starts, record_start
-from accel_pretrain.launchers import is_restart, is_restart_of
+from accel_pretrain.launchers import is_restart, is_restart_of, leave_after
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
 from accel_pretrain.lr_find import find
@@ -337,4 +337,4 @@ def announce(run: TrainingRun, state: TrainState, checkpoint: Path | None, notic
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

@@ -123,6 +123,7 @@ def _is_about_memory(words: str) -> bool:
     signs = (
         "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "memoryerror",
         "cannot map zero-fill pages", "failed to map segment",  # of a library that is loaded
+        "without setting an exception",  # CPython, when nothing is left for the MemoryError itself
     )  # fmt: skip
     return any(sign in words.lower() for sign in signs)
 
@@ -198,8 +199,7 @@ def _plan(config: RunConfig, splits: Splits, accumulation: int, updates: int) ->
     amounts = {"global_batch_size": None, "gradient_accumulation_steps": accumulation, "max_tokens": None, "epochs": None}
     amounts |= {"batch_warmup_tokens": None, "batch_warmup_from": None}  # what is timed is a whole update
     training = replace(config.training, max_iters=updates, **amounts)
-    nowhere = replace(config.data, packing="windows", intra_document_masking=False)  # made-up tokens have no documents
-    return make_plan(replace(config, training=training, data=nowhere), splits, 1)
+    return make_plan(replace(config, training=training, data=config.data.without_documents()), splits, 1)
 
 
 def made_up_tokens(vocab_size: int) -> Splits:

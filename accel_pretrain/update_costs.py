@@ -12,8 +12,9 @@ from dataclasses import replace
 
 from accel_pretrain import frugal
 from accel_pretrain.estimates import FP32, Workload
+from accel_pretrain.models import hollow
 from accel_pretrain.muon import POLAR_EXPRESS, at_a_time
-from accel_pretrain.optim import Optimizer, hollow
+from accel_pretrain.optim import Optimizer
 from accel_pretrain.rules import Group
 
 Shape = tuple[int, int]

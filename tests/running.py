@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,12 @@ TINY = [
 ]
 
 Train = Callable[..., int]
+
+
+def first_and_slow(cases: Iterable[Any]) -> list[Any]:
+    """Of cases that are alike, the first; the others run in make test-slow."""
+    first, *others = cases
+    return [first, *(pytest.param(case, marks=pytest.mark.slow) for case in others)]
 
 
 def stdlib_text(characters: int) -> str:

@@ -146,6 +146,7 @@ if "accel_pretrain.train" in sys.orig_argv:
 """
 
 
+@pytest.mark.slow
 def test_control_data_in_another_order_after_a_restart_fails(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def reference(run_train: Train, dataset: Path, run_dir: Path, *more: str) -> lis
     return losses(run_dir)
 
 
+@pytest.mark.slow
 def test_every_process_holds_its_share() -> None:
     """Weights, memory, gradients, norms, the guard, and what is saved: see :mod:`tests.shares`."""
     done = subprocess.run(

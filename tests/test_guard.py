@@ -160,6 +160,7 @@ def test_a_rollback_waits_for_a_save_under_way(run_train: Train, tmp_path: Path,
     assert_same_bits(newest(tmp_path / "sync"), newest(tmp_path / "async"))
 
 
+@pytest.mark.slow
 def test_two_processes_roll_back_as_one(run_train: Train, tmp_path: Path, poisoned: tuple[str, ...]) -> None:
     common = (*poisoned, "--on_spike", "rollback", "--rollback_updates", "10", "--global_batch_size", "4")
     assert run_train(tmp_path / "one", *common, "--batch_size", "2") == 0

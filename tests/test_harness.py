@@ -408,6 +408,7 @@ def evaluated(folder: Path, run_dir: Path, cache: Path, processes: int, *words: 
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(twins: Twins, folder: Path, run_dir: Path, tmp_path: Path):
     one, two = (evaluated(folder, run_dir, tmp_path, processes, "--json") for processes in (1, 2))
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr

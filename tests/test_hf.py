@@ -158,6 +158,7 @@ def test_other_layouts_of_a_folder(layout: str, tmp_path: Path):
     assert (our_logits(tmp_path / "run", tokens()) - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_hub_id_is_found_in_the_hubs_own_cache(tmp_path: Path):
     """The same call that downloads: without a network it gives what an earlier download left."""
     repository = tmp_path / "hub" / "models--someone--tiny"
@@ -189,6 +190,7 @@ def test_half_precision_in_and_out(dtype: str, tmp_path: Path):
     assert config["torch_dtype"] == config["dtype"] == dtype
 
 
+@pytest.mark.slow
 def test_qwen2_exports_without_a_tokenizer_that_transformers_would_replace(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """For this family transformers ignores what tokenizer_config.json says, and splits text by Qwen's own pattern."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"12": 256}

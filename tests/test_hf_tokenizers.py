@@ -14,6 +14,7 @@ from accel_pretrain.hf.split_pattern import contested, from_oniguruma, to_onigur
 from accel_pretrain.hf.tokenizers import check_with_transformers, read_hf_tokenizer, write_hf_tokenizer
 from accel_pretrain.tokenizer import END_OF_TEXT, GPT2_PATTERN, BpeTokenizer, ByteTokenizer
 from tests.hf_tokenizers import EXPORTED, LLAMA3_PATTERN, RANKS, documents, encode_with, transformers
+from tests.running import first_and_slow
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_a_literal_special_token_is_text_if_asked_for(folders: dict[str, Path], 
     assert ours.eot_id in theirs(text)["input_ids"]  # the convention there, and a control
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", first_and_slow(EXPORTED))
 def test_the_exported_tokenizer_comes_back_as_the_same(folders: dict[str, Path], name: str, tmp_path: Path):
     ours = EXPORTED[name]
     saved_again = tmp_path / "again"
@@ -133,7 +134,7 @@ def test_a_special_token_with_the_text_of_another_is_refused(tmp_path: Path):
         write_hf_tokenizer(tokenizer, tmp_path, context_length=8)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", first_and_slow(["gpt2", "llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text"]))
 def test_the_family_of_the_model_does_not_change_the_tokenizer(family: str, tmp_path: Path):
     write_hf_tokenizer(ByteTokenizer(), tmp_path, context_length=8)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))

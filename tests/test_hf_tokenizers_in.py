@@ -30,6 +30,7 @@ from tests.hf_tokenizers import (
     unigram_like,
     write_gpt2_files,
 )
+from tests.running import first_and_slow
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_what_is_tiktokens_kind_becomes_that_with_its_own_end_of_text(tmp_path: 
     assert read_hf_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("eos", [None, "<|reserved|>"])
+@pytest.mark.parametrize("eos", first_and_slow([None, "<|reserved|>"]))
 def test_a_llama_3_keeps_its_first_token_and_its_template(eos: str | None, tmp_path: Path):
     folder = llama3_like(tmp_path / "in")
     own = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|reserved|>"}
@@ -193,6 +194,7 @@ def test_a_unigram_model_does_not_take_text_for_the_end_of_one(tmp_path: Path):
     assert tokenizer.decode(tokenizer.encode("return self")) == " return self"
 
 
+@pytest.mark.slow
 def test_a_wrapped_tokenizer_is_saved_loaded_and_exported_to_the_byte(tmp_path: Path):
     folder = save_backend(
         tmp_path / "in", sentencepiece_like(prepend=True), eos_token="</s>", chat_template="{{ x }}", auto_map=1
@@ -242,6 +244,7 @@ def test_what_tiktoken_would_encode_otherwise_is_wrapped(change: Change, exporte
     assert tokenizer.encode(text).tolist() == encode_with(plan, text)
 
 
+@pytest.mark.slow
 def test_ids_far_above_the_others(exported: Path, tmp_path: Path):
     plan = json.loads((exported / "tokenizer.json").read_text())
     plan["model"]["vocab"] |= {END_OF_TEXT: 700, "<|far|>": 5000}
@@ -344,6 +347,7 @@ def test_a_model_without_a_token_for_all_text_is_refused(tmp_path: Path):
         read_hf_tokenizer(tmp_path, "</s>")
 
 
+@pytest.mark.slow
 def test_a_pattern_of_ours_that_was_tampered_with_is_not_taken(exported: Path, tmp_path: Path):
     settings = json.loads((exported / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer.json").write_bytes((exported / "tokenizer.json").read_bytes())

@@ -125,6 +125,7 @@ def test_control_a_key_that_accelerate_ignores_is_seen(tmp_path: Path, line: str
     assert ignored(file) == {"fsdp_ofload_params"}
 
 
+@pytest.mark.slow
 def test_files_for_one_process_and_the_default_one_of_accelerate(dataset: Path, tmp_path: Path) -> None:
     """Ours win when they are named; what a forgotten ``accelerate config`` has left is told. Real launches."""
     left = tmp_path / "home" / "accelerate" / "default_config.yaml"
@@ -416,3 +417,33 @@ def test_the_benchmark_of_scaling_runs() -> None:
     assert re.search(r"processes against threads: \d\.\d{3}x", done.stdout)
     assert re.search(r"largest difference 0\.0e\+00|\d\.\de-\d+ \(met: 1e-7 relative\)", done.stdout)
     assert re.search(r"largest error: memory [\d.]+% .*, time [\d.]+% ", done.stdout)
+
+
+LEAVES = """
+import atexit, sys, threading, time
+from accel_pretrain.launchers import leave_after
+
+class Last:
+    def __del__(self, say=sys.stderr.write):
+        say("the interpreter was taken down")
+
+def main():
+    sys.last = Last()
+    atexit.register(print, "registered", end=" ")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread", end=" "))).start()
+    print("main", end=" ")
+    END
+
+leave_after(main)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("return 0", 0), ("raise SystemExit(75)", 75), ("raise KeyError(1)", 1)])
+def test_one_of_several_processes_leaves_its_interpreter_standing(end: str, code: int):
+    """What is registered and printed is still done. Control: a process alone takes it down."""
+    for size in ("1", "2") if code == 0 else ("2",):
+        done = subprocess.run(
+            [sys.executable, "-c", LEAVES.replace("END", end)], env=environment(WORLD_SIZE=size), capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (code, "main thread registered ")
+        assert ("taken down" in done.stderr) == (size == "1" or code == 1)

@@ -137,6 +137,7 @@ def test_a_planted_mistake_is_found(kind: str, words: str, known: dict[str, Any]
     assert found[kind].fix.startswith(("type ", "write ", "prepare "))
 
 
+@pytest.mark.slow
 def test_what_is_typed_can_be_typed():
     """The keys in what to type exist, and what they make of the config no longer has the mistake."""
     for kind, words, known in MISTAKES:

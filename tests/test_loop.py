@@ -199,6 +199,7 @@ def test_looking_changes_no_bit(run_train: Train, tmp_path: Path, looking: tuple
     assert_same_bits(newest(tmp_path / "plain"), newest(tmp_path / "watched"))
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_samples_and_no_bit_changes(dataset: Path, tmp_path: Path) -> None:
     """The other one goes on, and waits at the next exchange of gradients: neither asks the other for anything meanwhile."""
     words = ["--train_data_path", str(dataset), *TINY, "--max_iters", "5", "--dropout", "0.1"]
@@ -297,6 +298,7 @@ def test_samples_are_shown_and_recorded_and_once_more_at_the_end(run_train: Trai
     assert steps == [2, 4]  # the last is not shown twice
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_as_told(run_train: Train, tmp_path: Path) -> None:
     texts = {}
     for name, options in (("greedy", ("--sample_temperature", "0")), ("seed", ()), ("hot", ("--sample_temperature", "100"))):

@@ -155,6 +155,7 @@ def cut_and_mend(machines: Machines, dataset: Path, run_dir: Path, how: str, eac
     assert f"Resuming from {run_dir}/checkpoint_" in log(run_dir, 0)
 
 
+@pytest.mark.network
 def test_a_link_that_is_cut_ends_both_machines_and_the_same_command_goes_on(
     machines: Machines, run_train: Train, dataset: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ import pytest
 from accel_pretrain.shards import open_split
 from prep.journal import Workshop
 from prep.split import TRAIN, VAL
+from tests.running import first_and_slow
 from tests.test_prep import ROOT, assert_same_files, command, documents_of, manifest_of, stories, visible, write_jsonl
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
@@ -301,6 +302,7 @@ def test_text_that_changed_meanwhile_is_read_again(corpus: Path, tmp_path: Path)
     assert any(text.startswith("STORY 0.3:") for text in documents_of(tmp_path / "out", TRAIN))
 
 
+@pytest.mark.slow
 def test_what_was_skipped_is_an_error_for_a_run_that_must_not_skip(corpus: Path, tmp_path: Path) -> None:
     own = tmp_path / "in.jsonl"
     own.write_bytes(b"oops\n" + corpus.read_bytes())
@@ -362,7 +364,7 @@ def leave_halves(work: Path) -> None:
     (work / "units" / "0123.unit").write_bytes(b"of another job")
 
 
-@pytest.mark.parametrize("damage", [damage_journal, damage_unit, damage_files, lengthen_files, leave_halves])
+@pytest.mark.parametrize("damage", first_and_slow([damage_journal, damage_unit, damage_files, lengthen_files, leave_halves]))
 def test_a_damaged_work_folder_costs_time_only(
     corpus: Path, expected: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:

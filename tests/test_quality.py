@@ -58,6 +58,7 @@ def test_every_arm_is_a_config(corpus: str):
     assert configs["- optimizer"].optimizer.name == "adamw"
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     text = stdlib_text(30_000)
     write_dataset(tmp_path / "text", text[:25_000], text[25_000:])

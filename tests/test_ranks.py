@@ -90,6 +90,7 @@ def test_a_killed_rank_is_restarted_to_the_same_bits(run_train: Train, dataset: 
         assert status(run_dir)["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_killed_main_process_is_no_running_run(dataset: Path, tmp_path: Path) -> None:
     start_training(command("torchrun 2", arguments(dataset, tmp_path)), tmp_path, tmp_path / "log")
     kill_a_rank(tmp_path, 0, signal.SIGKILL)
@@ -177,6 +178,7 @@ def test_what_the_launcher_was_asked_for(tmp_path: Path, monkeypatch: pytest.Mon
 # ------------------------------------------------------------------------------------------------------------ surroundings
 
 
+@pytest.mark.slow
 def test_odd_surroundings_change_no_bit(run_train: Train, dataset: Path, tmp_path: Path) -> None:
     """A path with spaces and a parrot, the C locale, another time zone, no home, and files that only their owner may read."""
     words = ["--max_iters", "6", "--checkpoint_interval", "3", "--dropout", "0.1"]

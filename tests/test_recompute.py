@@ -129,6 +129,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "bytes", text[:50_000], text[50_000:])
 
 
+@pytest.mark.slow
 def test_a_run_on_two_processes_takes_the_same_course(dataset: Path, tmp_path: Path):
     words = [*TINY, "--train_data_path", str(dataset), "--global_batch_size", "16", "--max_iters", "4", "--dropout", "0.1"]
     assert train.main([*words, "--checkpoint_dir", str(tmp_path / "one")]) == 0

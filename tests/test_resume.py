@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from accel_pretrain.launchers import is_restart_of, launch
-from tests.running import TINY, Train, assert_same_bits, losses, newest, reseal, rows, run_processes
+from tests.running import TINY, Train, assert_same_bits, first_and_slow, losses, newest, reseal, rows, run_processes
 
 PARTS = ("--checkpoint_interval", "5", "--dropout", "0.1", "--gradient_accumulation_steps", "2", "--max_iters", "10")
 
@@ -159,7 +159,7 @@ def test_going_back_sets_the_newer_checkpoints_aside(
     assert [row["step"] for row in rows(tmp_path) if "train/loss" in row] == list(range(1, 8))
 
 
-@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize("variable", first_and_slow(["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"]))
 def test_a_restart_goes_on_and_only_a_person_goes_back(
     run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:

@@ -113,6 +113,7 @@ def test_without_a_compiler_nothing_is_compiled_and_one_line_says_so() -> None:
     assert notice == "not compiled: torch.compile needs a C++ compiler, such as g++, and found none"
 
 
+@pytest.mark.slow
 def test_a_compiler_that_cannot_build_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As where Python's headers are missing: by default, a long run would compile, and end with a traceback."""
     broken = tmp_path / "g++"

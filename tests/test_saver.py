@@ -67,6 +67,7 @@ def test_in_the_background_the_same_bytes_are_written(run_train: Train, tmp_path
     assert {**states[0], "config_sha256": 0} == {**states[1], "config_sha256": 0}
 
 
+@pytest.mark.slow
 def test_control_an_update_that_does_not_wait_for_the_copy_is_seen(
     run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +82,7 @@ def test_control_an_update_that_does_not_wait_for_the_copy_is_seen(
     assert contents(tmp_path / "now") != contents(tmp_path / "soon")
 
 
+@pytest.mark.slow
 def test_two_processes_save_in_the_background_and_by_the_clock(run_train: Train, dataset: Path, tmp_path: Path) -> None:
     """The clock of one process decides for both, and the thread's messages do not meet those of the training."""
     common = ("--checkpoint_interval", "1000", "--max_iters", "60", "--keep_last", "null", "--global_batch_size", "8")

@@ -368,6 +368,7 @@ def test_a_quick_update_is_finished(run_train: Train, tmp_path: Path, monkeypatc
     assert saved_step(tmp_path) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_drop_the_same_slow_update(dataset: Path, tmp_path: Path) -> None:
     """An update of minutes, and a signal to one process only: both leave within seconds, side by side."""
     slow = ("--batch_size", "300", "--gradient_accumulation_steps", "400")

@@ -108,6 +108,7 @@ def distinct(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_two_one(distinct: Path, tmp_path: Path) -> None:
     change_on_the_way(tmp_path, distinct / "train.bin", [1, 2, 1])
 

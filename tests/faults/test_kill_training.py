@@ -76,7 +76,7 @@ def judge(report: Report, runs: int) -> None:
     assert report.inside_a_save >= runs / 10, "too few kills landed in a save"
 
 
-SIZES = [20, pytest.param(200, marks=[pytest.mark.faults, pytest.mark.timeout(1500)])]
+SIZES = [10, pytest.param(200, marks=[pytest.mark.faults, pytest.mark.timeout(1500)])]
 
 
 @pytest.mark.parametrize("runs", SIZES)

@@ -113,7 +113,7 @@ def pairs(every: int) -> Iterator[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize("every", [40, pytest.param(3, marks=[pytest.mark.faults, pytest.mark.timeout(1500)])])
+@pytest.mark.parametrize("every", [80, pytest.param(3, marks=[pytest.mark.faults, pytest.mark.timeout(1500)])])
 def test_nothing_planted_is_executed(
     server: ForkServer, dataset: Path, trained: Path, scratch: Path, every: int, listed: bool
 ) -> None:
