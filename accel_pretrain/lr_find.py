@@ -91,7 +91,7 @@ def find(config: RunConfig) -> int:
             update = train_step(run, state)
             assert update is not None  # nobody is asked to stop here
             state.step += 1
-            state.samples += plan.samples_per_step
+            state.samples += update.samples
             rates.append(update.lr)
             losses.append(update.loss.item())
         run.log.close()

@@ -217,8 +217,8 @@ def build(config: RunConfig, plan: Plan, splits: Splits, accelerator: Accelerato
     model, optimizer = prepare(accelerator, module, config.optimizer.build)
     module.recompute(config.training.activation_checkpointing)
     module.chunked_loss, module.document_id = config.training.chunked_loss, plan.document_id
-    if config.data.intra_document_masking:
-        module.document_id = 0  # any: what it costs is the same
+    if config.data.intra_document_masking and plan.document_id is None:
+        module.document_id = 0  # of made-up tokens, any: what it costs is the same
     flops = plan.flops_per_token * plan.tokens_per_step * plan.max_iters
     if resolve_compile(config.training, flops, accelerator.device)[0]:
         module.compile_parts()

@@ -10,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from accel_pretrain import lr_find
+from accel_pretrain.checkpoint import TrainState
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import ConfigError, PretrainError
+from accel_pretrain.loop import Update, train_step
 from accel_pretrain.lr_find import HIGHEST, LOWEST, evaluate, is_hopeless, refuse_what_is_another_run, report, smooth
+from accel_pretrain.run import TrainingRun
 from tests.running import TINY, Train, environment, launch, losses
 
 PNG = b"\x89PNG"
@@ -32,6 +36,23 @@ def test_a_range_test_says_what_to_type_and_leaves_the_run_alone(
     assert 3e-4 < float(lr) < 3e-1
     assert [path.name for path in tmp_path.iterdir()] == ["lr_find.png"]
     assert (tmp_path / "lr_find.png").read_bytes().startswith(PNG)
+
+
+def test_documents_and_the_batch_are_those_of_the_run(
+    run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int | None, int]] = []
+
+    def watched(run: TrainingRun, state: TrainState) -> Update | None:
+        seen.append((run.module.document_id, state.samples))
+        return train_step(run, state)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lr_find, "train_step", watched)
+    words = ["--intra_document_masking", "true", "--batch_warmup_from", "2", "--batch_warmup_tokens", "640"]
+    assert run_train(tmp_path / "run", "--lr_find", "--global_batch_size", "8", "--batch_size", "2", *words) == 0
+    assert {document for document, _ in seen} == {256}
+    assert [samples for _, samples in seen[:3]] == [0, 2, 4]  # a batch that is not full yet
 
 
 @pytest.mark.slow
