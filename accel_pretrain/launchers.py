@@ -75,6 +75,14 @@ def launcher_variables() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_LAUNCHERS)}
 
 
+def place() -> tuple[int, int]:
+    """The rank of this process and how many there are, as the launcher or srun says, before anybody has met."""
+    told = launcher_variables()
+    srun = int(told.get("SLURM_STEP_NUM_TASKS") or 0) > 1
+    rank, count = (told["SLURM_PROCID"], told["SLURM_STEP_NUM_TASKS"]) if srun else ("0", "1")
+    return int(told.get("RANK") or rank), int(told.get("WORLD_SIZE") or count)
+
+
 def environment_of_its_own(**extra: str) -> dict[str, str]:
     """The environment for a run that another program starts: this one without what a launcher has set, and ``extra``."""
     dropped = launcher_variables().keys() - {"ACCELERATE_USE_CPU"}

@@ -21,10 +21,11 @@ from accel_pretrain.hardware import CONTEXT_BYTES, KERNEL_BYTES, Machine, free_d
 from accel_pretrain.mixture import are_there
 from accel_pretrain.models import ModelConfig, mup
 from accel_pretrain.optim import kept_per_weight
+from accel_pretrain.preset import load_with
 from accel_pretrain.probe import probe
 from accel_pretrain.runtime import resolve_precision
 from accel_pretrain.shards import TokenSplit
-from accel_pretrain.typed_yaml import CommandLine, Entry, load, to_plain
+from accel_pretrain.typed_yaml import CommandLine, Entry, to_plain
 from accel_pretrain.update_costs import with_update
 
 T = TypeVar("T", bound=RunConfig)
@@ -191,13 +192,13 @@ def precision_of(config: RunConfig, device: str) -> str:
 
 
 def load_with_shape(cls: type[T], line: CommandLine) -> T:
-    """A config with more sections than a run's: defaults, then the shape of ``init_from``, the file, the overrides."""
-    config = load(cls, line.config, line.overrides)
+    """A config with more sections than a run's: defaults, the preset, the shape of ``init_from``, the file, the overrides."""
+    config = load_with(cls, line.preset, line.config, line.overrides)
     if config.checkpoint.init_from is None:
         return config
     shape = read_model_config(resolve(expanded(config.checkpoint.init_from))).resolved()
     beneath = {f"model.{key}": Entry(value, str(config.checkpoint.init_from)) for key, value in to_plain(shape).items()}
-    return load(cls, line.config, line.overrides, beneath)
+    return load_with(cls, line.preset, line.config, line.overrides, beneath)
 
 
 def splits_of(config: RunConfig) -> Splits | None:

@@ -40,6 +40,7 @@ from accel_pretrain.outlook import (
     with_probe,
     with_tokens_per_sec,
 )
+from accel_pretrain.preset import describe
 from accel_pretrain.runtime import runtime_of
 from accel_pretrain.typed_yaml import option, parse_command_line, reference, section
 
@@ -47,6 +48,7 @@ USAGE = """\
 usage: python -m accel_pretrain.plan --config FILE [--section.key VALUE | --key VALUE | section.key=VALUE]...
        python -m accel_pretrain.plan --config FILE --world_size 512 --hardware h100 --price_per_hour 2.5
 
+  --preset depth=N the choices of accel_pretrain.train for N layers, beneath FILE and what is typed
   --json           print one JSON object instead of a table
   --save           write that object into checkpoint_dir too: after 50 updates, training says how it compares
   --help           show this
@@ -92,13 +94,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     with reported():
         words = sys.argv[1:] if argv is None else argv
-        line = parse_command_line(PlannedRun, words, flags={"help", "json", "save"}, short={"-h": "help"})
+        line = parse_command_line(PlannedRun, words, flags={"help", "json", "save"}, short={"-h": "help"}, presets=True)
         if "help" in line.flags:
             print(USAGE + reference(PlannedRun), end="")
             return 0
-        outlook = plan_run(load_with_shape(PlannedRun, line))
+        config = load_with_shape(PlannedRun, line)
+        outlook = plan_run(config)
         found = findings(outlook)
         text = json.dumps(as_json(outlook, found), indent=2)
+        if line.preset is not None and "json" not in line.flags:
+            print(describe(line.preset, config))
         print(text if "json" in line.flags else as_text(outlook, found))
         if "save" in line.flags:
             folder = outlook.config.checkpoint.checkpoint_dir

@@ -30,7 +30,7 @@ from accel_pretrain.foresight import foresee
 from accel_pretrain.guard import Guard
 from accel_pretrain.hindsight import Hindsight
 from accel_pretrain.history import about, read_starts, record_start
-from accel_pretrain.launchers import is_restart, is_restart_of, leave_after
+from accel_pretrain.launchers import is_restart, is_restart_of, leave_after, place
 from accel_pretrain.lint import notices
 from accel_pretrain.loop import RULE, fit
 from accel_pretrain.lr_find import find
@@ -40,6 +40,7 @@ from accel_pretrain.optim import describe_groups
 from accel_pretrain.origin import find_origin, refuse_other_shape, weights_of
 from accel_pretrain.parallel import build_model, fill, prepare
 from accel_pretrain.peers import Peers
+from accel_pretrain.preset import describe, load_with
 from accel_pretrain.recovery import out_of_memory
 from accel_pretrain.run import TrainingRun
 from accel_pretrain.runtime import build_accelerator, describe_runtime, few_collections, peak_for, seed_everything, together
@@ -56,6 +57,7 @@ USAGE = """\
 usage: accelerate launch -m accel_pretrain.train --config FILE [--section.key VALUE | --key VALUE | section.key=VALUE]...
        python -m accel_pretrain.train --train_data_path DIR [...]      one process, one device
 
+  --preset depth=N choose shape, rates, batch and length for N layers; what is typed, or in FILE, comes before that
   --print_config   show the resolved config and the plan, and stop
   --lr_find        try learning rates from too low to too high, say which to type, and stop; only (over)writes lr_find.png
   --help           show this
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with reported():
         words = sys.argv[1:] if argv is None else argv
         flags = {"help", "print_config", "lr_find", "find_batch_size"}
-        line = parse_command_line(RunConfig, words, flags=flags, short={"-h": "help"})
+        line = parse_command_line(RunConfig, words, flags=flags, short={"-h": "help"}, presets=True)
         if "help" in line.flags:
             print(USAGE + reference(RunConfig))
             return 0
@@ -78,14 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             same = shlex.join(["--only", "batch_size", *(word for word in words if word.lstrip("-") != "find_batch_size")])
             raise ConfigError(f"--find_batch_size: type python -m accel_pretrain.tune {same}")
         line = replace(line, overrides=(*line.overrides, *agent.wishes()))
+        config = load_config(line)
+        if line.preset is not None and place()[0] == 0:
+            print(describe(line.preset, config))
         if "lr_find" in line.flags:
-            return find(load_config(line))
-        return pretrain(agent.own_directory(load_config(line)), only_print="print_config" in line.flags)
+            return find(config)
+        return pretrain(agent.own_directory(config), only_print="print_config" in line.flags)
     return 2
 
 
 def load_config(line: CommandLine) -> RunConfig:
-    """Defaults, then the file, then the overrides. Without a file, resuming from a path takes that run's own config."""
+    """Defaults, then the preset, the file, the overrides. Without a file, resuming from a path takes that run's own config."""
     file, overrides = line.config, line.overrides
     resume_from = dict(overrides).get("checkpoint.resume_from")
     if file is None and resume_from is not None and str(resume_from.raw).lower() not in ("auto", "never", *NULLS):
@@ -93,13 +98,13 @@ def load_config(line: CommandLine) -> RunConfig:
         file = checkpoint / "config.yaml"
         here = Entry(str(checkpoint.parent), "--resume_from")  # the run may have been moved since it recorded its directory
         overrides = (("checkpoint.checkpoint_dir", here), *overrides)
-    config = load(RunConfig, file, overrides)
+    config = load_with(RunConfig, line.preset, file, overrides)
     if config.checkpoint.init_from is None:
         return config
     shape = read_model_config(find_origin(config.checkpoint)).resolved()
     origin = str(config.checkpoint.init_from)
     beneath = {f"model.{key}": Entry(value, origin) for key, value in to_plain(shape).items()}
-    config = load(RunConfig, file, overrides, beneath)
+    config = load_with(RunConfig, line.preset, file, overrides, beneath)
     model = replace(config.model, vocab_size=config.model.vocab_size or shape.vocab_size)
     if model.rope_scaling == shape.rope_scaling and model.rope_original_context is None:  # else it would follow context_length
         model = replace(model, rope_original_context=shape.rope_original_context)

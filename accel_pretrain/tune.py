@@ -28,6 +28,7 @@ from accel_pretrain.ladder import Candidate, Search, TunedRun, as_run
 from accel_pretrain.launchers import launcher_variables
 from accel_pretrain.outlook import load_with_shape, splits_of, unknown_splits
 from accel_pretrain.peaks import processor
+from accel_pretrain.preset import describe
 from accel_pretrain.runtime import cache_folder, resolve_precision, runtime_of
 from accel_pretrain.stopping import signals_as_exceptions
 from accel_pretrain.trial import Trial, measure
@@ -37,6 +38,7 @@ USAGE = """\
 usage: python -m accel_pretrain.tune --config FILE [--section.key VALUE | --key VALUE | section.key=VALUE]...
        python -m accel_pretrain.tune --config FILE --only batch_size      only the largest micro-batch that pays
 
+  --preset depth=N the choices of accel_pretrain.train for N layers, beneath FILE and what is typed
   --fresh          measure, also if it was measured before
   --help           show this
 
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     with reported():
         words = sys.argv[1:] if argv is None else argv
-        line = parse_command_line(TunedRun, words, flags={"help", "fresh"}, short={"-h": "help"})
+        line = parse_command_line(TunedRun, words, flags={"help", "fresh"}, short={"-h": "help"}, presets=True)
         if "help" in line.flags:
             print(USAGE + reference(TunedRun), end="")
             return 0
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("tune measures in one process: type python -m accel_pretrain.tune --world_size N ...")
         config = load_with_shape(TunedRun, line)
         refuse_early(config, line.config)
+        if line.preset is not None:
+            print(describe(line.preset, config))
         plan = make_plan(config, splits_of(config) or unknown_splits(config), config.tune.world_size)
         search = Search(config, plan, measuring(config, plan), kind=kind_of(config))
         search.say = lambda candidate: print(table_row(search, candidate), flush=True)

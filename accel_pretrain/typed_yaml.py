@@ -83,12 +83,13 @@ def _flatten(
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What :func:`parse_command_line` found: the config file, the overrides in order, bare words, and program flags."""
+    """What :func:`parse_command_line` found: the config file, the overrides in order, bare words, program flags, a preset."""
 
     config: Path | None
     overrides: tuple[tuple[str, Entry], ...]
     positionals: tuple[str, ...]
     flags: frozenset[str]
+    preset: str | None = None
 
 
 def parse_command_line(
@@ -98,16 +99,20 @@ def parse_command_line(
     flags: Iterable[str] = (),
     short: Mapping[str, str] | None = None,
     positionals: bool = False,
+    presets: bool = False,
 ) -> CommandLine:
     """Split ``argv`` by the keys of ``cls``.
 
     An override is ``--training.batch_size 128``, ``--training.batch_size=128``, ``training.batch_size=128``, or any of these
     with a unique last part (``--batch_size 128``); a boolean may stand without a value (``--use_wandb``). ``--config FILE``
-    names the file. ``flags`` are switches of the program itself (``--print_config``); ``short`` maps ``-o`` to a key.
+    names the file, ``--preset NAME``, where there are ``presets``, what lies beneath it. ``flags`` are switches of the program
+    itself (``--print_config``); ``short`` maps ``-o`` to a key.
     Raises one :class:`ConfigError` with everything that could not be understood.
     """
     keys, words, problems = Keys(cls), list(argv), []
     config: Path | None = None
+    preset: str | None = None
+    own = {"config", "preset"} if presets else {"config"}
     overrides: list[tuple[str, Entry]] = []
     bare: list[str] = []
     raised: set[str] = set()
@@ -124,7 +129,7 @@ def parse_command_line(
             raised.add(name.replace("-", "_"))
             continue
         follows = words[0] if words and not words[0].startswith("--") else None
-        leaf = keys.find(name, value if equals else follows) if name != "config" else None
+        leaf = keys.find(name, value if equals else follows) if name not in own else None
         if isinstance(leaf, Leaf) and leaf.is_flag and not equals and (follows is None or not accepts(leaf.types[0], follows)):
             value = FLAG
         elif not equals and follows is None:
@@ -134,13 +139,15 @@ def parse_command_line(
             value = words.pop(0)
         if name == "config":
             config = expanded(value)
+        elif name in own:
+            preset = value
         elif isinstance(leaf, str):
             problems.append(leaf)
         elif leaf is not None:
             overrides.append((leaf.path, Entry(value, f"--{name}")))
     if problems:
         raise ConfigError(problems)
-    return CommandLine(config, tuple(overrides), tuple(bare), frozenset(raised))
+    return CommandLine(config, tuple(overrides), tuple(bare), frozenset(raised), preset)
 
 
 def _names_a_key(keys: Keys, name: str) -> bool:
@@ -173,6 +180,14 @@ def load(
     if len(to_yaml(config).encode()) > MAX_FILE_BYTES:
         raise ConfigError("all keys together: larger than 64 KiB, which no config file may be in which a run records them")
     return config
+
+
+def keys_given(cls: type[Any], file: Path | None, overrides: Iterable[tuple[str, Entry]]) -> frozenset[str]:
+    """The keys that a file and the overrides name; what is wrong with them is for :func:`load` to say."""
+    entries: dict[str, Entry] = {}
+    if file is not None:
+        _flatten(Keys(cls), read_mapping(file), str(file), entries, [])
+    return frozenset(entries.keys() | dict(overrides).keys())
 
 
 def entries_of(cls: type[Any], mapping: Mapping[Any, Any], origin: str) -> dict[str, Entry]:

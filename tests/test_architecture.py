@@ -61,7 +61,7 @@ LEVELS = (
         "aids",
     ),
     ("generate", "validation"),
-    ("config", "agent", "outlook", "lint_settings", "lint_run", "lint"),
+    ("config", "agent", "preset", "outlook", "lint_settings", "lint_run", "lint"),
     (
         "foresight",
         "smoke",
