@@ -16,6 +16,7 @@ from accel_pretrain import train
 from accel_pretrain.preset import TOKENS_PER_PARAMETER
 from benchmarks import quality_wsd, scaling_law
 from benchmarks.scaling_law import Minimum
+from tests.running import stdlib_text, write_dataset
 
 
 def losses(parameters: np.ndarray, at: float) -> np.ndarray:
@@ -65,7 +66,7 @@ def check(document: dict[str, Any], picture: Path, said: str) -> None:
     assert [row["depth"] for row in rows] == [1, 2, 3]
     assert [row["parameters"] for row in rows] == [65_600, 426_112, 1_376_448]
     done = [row["tokens"] * row["flops_per_token"] for row in rows]
-    assert done == pytest.approx([document["flops"]] * 3, rel=1e-2), "equal operations"
+    assert done == pytest.approx([document["flops"]] * 3, rel=2e-2), "equal operations"
     assert all(1 < row["loss"] < 5.7 for row in rows)
     assert len({row["loss"] for row in rows}) == 3
     assert picture.stat().st_size > 1000
@@ -77,7 +78,7 @@ def check(document: dict[str, Any], picture: Path, said: str) -> None:
 def test_the_benchmark_runs(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(quality_wsd, "subprocess", SimpleNamespace(run=in_this_process))
     out, picture = tmp_path / "law.json", tmp_path / "law.png"
-    words = ["--data", str(dataset), "--depths", "1,2,3", "--flops", "1e9", "--context", "32", "--threads", "1"]
+    words = ["--data", str(dataset), "--depths", "1,2,3", "--flops", "5e8", "--context", "32", "--threads", "1"]
     scaling_law.main([*words, "--precision", "no", "--out", str(out), "--plot", str(picture)])
     check(json.loads(out.read_text()), picture, capsys.readouterr().out)
 
