@@ -16,10 +16,15 @@ this one is the best number of tokens per parameter the same from 1e18 to 1e19 F
 from 3,700 runs of 60 million parameters and more with AdamW, whose rates Muon's are like here (:mod:`accel_pretrain.muon`), so
 that one serves all groups, and embedding_lr_scale and head_lr_scale stay 1. The batch is the nearest power of two. The rate is
 multiplied by sqrt(batch / B), as nanochat does (Malladi et al. 2022), whoever has chosen the batch.
-Before that it is at most 0.1 / sqrt(width): nanochat's rate for matrices of any width, 0.02 without Muon's 0.2 sqrt(width).
-Below some ten million parameters that is the smaller one, and Step Law by itself too high: of bytes, N = 1, losses were
-1.640, 1.626, 1.645, 1.710 for rates of 0.005, 0.01, 0.02, 0.04 and 1024 tokens per update. For N = 12 and nanochat's
-vocabulary and batch, 2^19 tokens, this comes to 1.4 times nanochat's rate.
+Before that it is at most 0.07 / sqrt(width): so fall Muon's best rates (Yang, Simon & Bernstein 2023, "A spectral condition for
+feature learning"; nanochat's are 0.1 / sqrt(width) in our units, for far larger batches). That is the smaller one below some
+seventy million parameters, where Step Law's runs end, and it is too high there. On bytes of the standard library, nats per byte, one seed:
+
+    rate                             0.005   0.01    0.02    0.04     Step Law    here
+    N = 1, 1024 tokens per update    1.640   1.626   1.645   1.710    0.038       0.0076
+    N = 2, 4096 tokens per update    1.090   1.095   1.106            0.020       0.0063
+
+For N = 12 and nanochat's vocabulary and batch, 2^19 tokens, Step Law comes to 1.4 times nanochat's rate.
 
 Not taken: nanochat's batch, 2^19 tokens (D / D of N = 12)^0.383 (Bergsma et al. 2025, "Power lines"). It is for runs on eight
 GPUs. So far below N = 12 it leaves too few updates: N = 1 on bytes has 24, and a batch of 4096 tokens has cost it 0.04 nats
@@ -122,7 +127,7 @@ def best_batch(tokens: float) -> float:
 
 def best_rate(count: int, width: int, tokens: float, batch: float) -> float:
     """The peak rate of ``count`` parameters that see so many tokens, ``batch`` in an update."""
-    return min(1.79 * count**-0.713 * tokens**0.307, 0.1 / math.sqrt(width)) * math.sqrt(batch / best_batch(tokens))
+    return min(1.79 * count**-0.713 * tokens**0.307, 0.07 / math.sqrt(width)) * math.sqrt(batch / best_batch(tokens))
 
 
 def evaluations(updates: int, sequences: int, windows: int) -> tuple[int, int]:

@@ -75,7 +75,9 @@ def check(document: dict[str, Any], picture: Path, said: str) -> None:
     assert scaling_law.verdict(found) in said
 
 
-def test_the_benchmark_runs(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    text = stdlib_text(22_000)
+    dataset = write_dataset(tmp_path / "data", text[:20_000], text[20_000:])
     monkeypatch.setattr(quality_wsd, "subprocess", SimpleNamespace(run=in_this_process))
     out, picture = tmp_path / "law.json", tmp_path / "law.png"
     words = ["--data", str(dataset), "--depths", "1,2,3", "--flops", "5e8", "--context", "32", "--threads", "1"]
