@@ -18,7 +18,8 @@ that one serves all groups, and embedding_lr_scale and head_lr_scale stay 1. The
 multiplied by sqrt(batch / B), as nanochat does (Malladi et al. 2022), whoever has chosen the batch.
 Before that it is at most 0.07 / sqrt(width): so fall Muon's best rates (Yang, Simon & Bernstein 2023, "A spectral condition for
 feature learning"; nanochat's are 0.1 / sqrt(width) in our units, for far larger batches). That is the smaller one below some
-seventy million parameters, where Step Law's runs end, and it is too high there. On bytes of the standard library, nats per byte, one seed:
+seventy million parameters, where Step Law's runs end, and it is too high there. The standard library's bytes, nats for each,
+context 128, one seed:
 
     rate                             0.005   0.01    0.02    0.04     Step Law    here
     N = 1, 1024 tokens per update    1.640   1.626   1.645   1.710    0.038       0.0076
