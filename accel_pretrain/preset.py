@@ -28,9 +28,9 @@ context 128, one seed:
 For N = 12 and nanochat's vocabulary and batch, 2^19 tokens, Step Law comes to 1.4 times nanochat's rate.
 
 Not taken: nanochat's batch, 2^19 tokens (D / D of N = 12)^0.383 (Bergsma et al. 2025, "Power lines"). It is for runs on eight
-GPUs. So far below N = 12 it leaves too few updates: N = 1 on bytes has 24, and a batch of 4096 tokens has cost it 0.04 nats
-already. Who has many devices types a ``--global_batch_size``, and the rate follows. ``mup_base_width`` neither: it knows
-width, but depth and length change with the dial, too.
+GPUs. So far below N = 12 it leaves too few updates: N = 1 on bytes has 24, and ends at 2.13 nats with the better of two rates,
+where 1024 tokens per update end at 1.62. Who has many devices types a ``--global_batch_size``, and the rate follows.
+``mup_base_width`` neither: it knows width, but depth and length change with the dial, too.
 
 **Decay** of weights 0.1 (Liu et al. 2025, "Muon is scalable"). **Schedule**: linear to 0 (Bergsma et al. 2025, "Straight to
 zero"), after a warm-up of 2 %. Ten evaluations, of so many windows that they take about a twentieth of the time.
