@@ -134,10 +134,10 @@ def best_rate(count: int, width: int, tokens: float, batch: float) -> float:
 def evaluations(updates: int, sequences: int, windows: int) -> tuple[int, int]:
     """Updates from one to the next of about ten, and batches of so many ``windows`` in each: 3/40 of what is trained between.
 
-    Both splits are read, for a third of an update's operations: a twentieth of the time.
+    Both splits are read, for a third of an update's operations: a twentieth of the time. Never below four batches.
     """
     interval = min(5000, max(100, updates // 10))
-    return interval, min(100, max(1, round(3 / 40 * interval * sequences / windows)))
+    return interval, min(100, max(4, round(3 / 40 * interval * sequences / windows)))
 
 
 # ---------------------------------------------------------------------------------------------------------- put together

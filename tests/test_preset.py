@@ -83,11 +83,11 @@ def test_the_rate_is_near_nanochats_at_its_own_depth_batch_and_vocabulary():
 def test_evaluations_are_ten_and_take_a_twentieth():
     interval, batches = evaluations(10_000, 128, 64)
     assert (interval, batches) == (1000, 100)
-    assert evaluations(769, 8, 64) == (100, 1)
+    assert evaluations(769, 8, 64) == (100, 4)
     for depth in (2, 4, 8, 12):
         outlook = look_ahead(dialled(f"--preset depth={depth} --vocab_size 257"), None)
         assert outlook.eval_share is not None
-        assert outlook.eval_share < 0.075
+        assert outlook.eval_share < 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------- who wins
