@@ -218,20 +218,22 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
     """Call ``main`` and end this process with its exit code.
 
     One of several leaves without taking the interpreter down: threads of gloo outlive ``destroy_process_group``, and one
-    that lets go of a tensor meanwhile aborts the process, whose run was whole (pytorch/pytorch#179291).
+    that lets go of a tensor meanwhile aborts the process, whose run was whole (pytorch/pytorch#179291). What the interpreter
+    does before that is done here: pools of threads end (torch.compile keeps one), other threads are waited for, and what is
+    registered is called.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        sys.exit(main())
     try:
         code = main()
     except SystemExit as asked:
         code = exit_code_of(asked)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+        if code and not isinstance(asked.code, int):
+            print(asked.code, file=sys.stderr)
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # now: of processes that srun has started, main has said it
+        sys.exit(code)
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads, or it is closed
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, nobody reads, or it is closed
             stream.flush()
     os._exit(code)
 

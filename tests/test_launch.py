@@ -420,15 +420,19 @@ def test_the_benchmark_of_scaling_runs() -> None:
 
 
 LEAVES = """
-import atexit, sys, threading, time
+import atexit, os, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from accel_pretrain.launchers import leave_after
 
 class Last:
     def __del__(self, say=sys.stderr.write):
         say("the interpreter was taken down")
 
+POOL = ThreadPoolExecutor(1)
+
 def main():
     sys.last = Last()
+    POOL.submit(int).result()  # its thread now waits for more, as one of torch.compile's does
     atexit.register(print, "registered", end=" ")
     threading.Thread(target=lambda: (time.sleep(0.2), print("thread", end=" "))).start()
     print("main", end=" ")
@@ -438,12 +442,25 @@ leave_after(main)
 """
 
 
-@pytest.mark.parametrize(("end", "code"), [("return 0", 0), ("raise SystemExit(75)", 75), ("raise KeyError(1)", 1)])
+@pytest.mark.parametrize(
+    ("end", "code"), [("return 0", 0), ("raise SystemExit(75)", 75), ("raise KeyError(1)", 1), ("sys.exit('why')", 1)]
+)
 def test_one_of_several_processes_leaves_its_interpreter_standing(end: str, code: int):
     """What is registered and printed is still done. Control: a process alone takes it down."""
     for size in ("1", "2") if code == 0 else ("2",):
         done = subprocess.run(
-            [sys.executable, "-c", LEAVES.replace("END", end)], env=environment(WORLD_SIZE=size), capture_output=True, text=True
-        )
+            [sys.executable, "-c", LEAVES.replace("END", end)],
+            env=environment(WORLD_SIZE=size), capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
         assert (done.returncode, done.stdout) == (code, "main thread registered ")
-        assert ("taken down" in done.stderr) == (size == "1" or code == 1)
+        assert ("taken down" in done.stderr) == (size == "1" or "KeyError" in end)
+        assert ("why" in done.stderr) == ("why" in end)
+
+
+def test_who_learns_in_main_that_it_is_one_of_several_or_has_no_output_leaves_too():
+    """As under srun, where nobody but main says how many there are; and as behind ``>&-``."""
+    script = LEAVES.replace("END", "os.environ['WORLD_SIZE'] = '2'; sys.stdout = None; return 0")
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(WORLD_SIZE="1"), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
