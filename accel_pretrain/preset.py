@@ -14,8 +14,9 @@ this one is the best number of tokens per parameter the same from 1e18 to 1e19 F
 
 **Batch** B = 0.58 D^0.571 tokens and **rate** 1.79 P^-0.713 D^0.307 are Step Law (Li et al. 2025, "Predictable scale, part I"),
 from 3,700 runs of 60 million parameters and more with AdamW, whose rates Muon's are like here (:mod:`accel_pretrain.muon`), so
-that one serves all groups, and embedding_lr_scale and head_lr_scale stay 1. The batch is the nearest power of two. The rate is
-multiplied by sqrt(batch / B), as nanochat does (Malladi et al. 2022), whoever has chosen the batch.
+that one serves all groups, and embedding_lr_scale and head_lr_scale stay 1. The batch is the nearest power of two, or what is
+near that and can be shared among the processes. The rate is multiplied by sqrt(batch / B), as nanochat does (Malladi et al.
+2022), whoever has chosen the batch.
 Before that it is at most 0.07 / sqrt(width): so fall Muon's best rates (Yang, Simon & Bernstein 2023, "A spectral condition for
 feature learning"; nanochat's are 0.1 / sqrt(width) in our units, for far larger batches). That is the smaller one below some
 seventy million parameters, where Step Law's runs end, and it is too high there. The standard library's bytes, nats for each,
@@ -62,7 +63,6 @@ T = TypeVar("T", bound=RunConfig)
 TOKENS_PER_PARAMETER = 12
 LARGEST = 64
 _MICRO_TOKENS = 16_384  # of a process and micro-step, at most: configs/modern.yaml's
-_ENDS = ("training.max_iters", "training.max_tokens", "training.epochs")
 _NOTHING: Mapping[str, Entry] = {}
 
 
@@ -84,6 +84,8 @@ def load_with(
 
     chosen: dict[str, Any] = {"optimizer.name": "muon", "schedule.name": "linear", **shape(depth)}
     config = loaded(chosen)
+    if config.checkpoint.init_from is not None and not beneath:
+        return config  # the caller reads the shape there, and comes again with it beneath
     given = keys_given(cls, file, overrides)
     chosen["checkpoint.checkpoint_dir"] = f"runs/depth_{depth}"
     return loaded(chosen | _amounts(config, given, processes=_processes(config)))
@@ -131,12 +133,13 @@ def best_rate(count: int, width: int, tokens: float, batch: float) -> float:
     return min(1.79 * count**-0.713 * tokens**0.307, 0.07 / math.sqrt(width)) * math.sqrt(batch / best_batch(tokens))
 
 
-def evaluations(updates: int, sequences: int, windows: int) -> tuple[int, int]:
+def evaluations(updates: int, sequences: int, windows: int, interval: int | None = None) -> tuple[int, int]:
     """Updates from one to the next of about ten, and batches of so many ``windows`` in each: 3/40 of what is trained between.
 
+    ``interval`` is what a person has said of the first.
     Both splits are read, for a third of an update's operations: a twentieth of the time. Never below four batches.
     """
-    interval = min(5000, max(100, updates // 10))
+    interval = interval or min(5000, max(100, updates // 10))
     return interval, min(100, max(4, round(3 / 40 * interval * sequences / windows)))
 
 
@@ -158,16 +161,17 @@ def _choose(config: RunConfig, given: frozenset[str], processes: int) -> Chosen:
     count = multiplying(config.model, vocab_size_of(config))
     tokens = training.max_tokens or TOKENS_PER_PARAMETER * count
     sequences = 2 ** max(0, round(math.log2(best_batch(tokens) / T)))
-    if "training.global_batch_size" in given and training.global_batch_size is not None:
-        sequences = training.global_batch_size
-    steps = training.gradient_accumulation_steps
-    micro = _power_below(max(1, min(_MICRO_TOKENS // T, sequences // (processes * (steps or 1)))))
+    own = training.global_batch_size if "training.global_batch_size" in given else None
+    steps, largest = training.gradient_accumulation_steps, max(1, _MICRO_TOKENS // T)
+    if steps is None and own is None and "training.global_batch_size" in given:
+        steps = 1  # null there, from a person: what one micro-step gives
+    micro = _power_below(max(1, min(largest, sequences // (processes * (steps or 1)))))
     if "training.batch_size" in given:
         micro = training.batch_size
-        if training.global_batch_size is None:
-            sequences = micro * max(1, round(sequences / micro))
-    if steps is not None:
-        sequences = micro * steps * processes
+    elif own is not None:
+        micro = _divisor_below(largest, max(1, own // processes))
+    per_micro_step = micro * processes
+    sequences = own or per_micro_step * (steps or max(1, round(sequences / per_micro_step)))
     return Chosen(count, tokens, sequences, micro)
 
 
@@ -175,13 +179,15 @@ def _amounts(config: RunConfig, given: frozenset[str], processes: int) -> dict[s
     """The settings that follow from the number of parameters."""
     own, optimizer = _choose(config, given, processes), config.optimizer
     per_update = own.sequences * config.model.context_length
-    interval, batches = evaluations(own.tokens // per_update, own.sequences, config.evaluation.eval_batch_size)
+    updates, evaluation = config.training.max_iters or own.tokens // per_update, config.evaluation
+    said = evaluation.eval_interval if "evaluation.eval_interval" in given else None
+    interval, batches = evaluations(updates, own.sequences, evaluation.eval_batch_size, said)
     chosen: dict[str, Any] = {
         "training.batch_size": own.micro, "evaluation.eval_interval": interval, "evaluation.eval_iters": batches
     }  # fmt: skip
     if config.training.gradient_accumulation_steps is None:
         chosen["training.global_batch_size"] = own.sequences
-    if not given & set(_ENDS):
+    if config.training.max_iters is None and config.training.epochs is None:
         chosen["training.max_tokens"] = own.tokens
     if not isinstance(optimizer, SGD | Lion):
         rate = best_rate(own.count, config.model.d_model, own.tokens, per_update)
@@ -229,6 +235,11 @@ def _processes(config: RunConfig) -> int:
 
 def _several(count: int, what: str) -> str:
     return f"{count} {what}{'s' if count > 1 else ''}"
+
+
+def _divisor_below(largest: int, number: int) -> int:
+    """The largest divisor of a number that is not above ``largest``."""
+    return next(size for size in range(min(largest, number), 0, -1) if number % size == 0)
 
 
 def _power_below(number: int) -> int:

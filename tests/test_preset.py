@@ -131,10 +131,38 @@ def test_micro_batches_fit_the_update_that_a_person_wants():
     assert (steps.batch_size, steps.global_batch_size) == (4, None)
 
 
-def test_processes_share_the_update(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    training = dialled("--preset depth=2 --vocab_size 257").training
-    assert (training.batch_size, training.global_batch_size) == (4, 16)
+@pytest.mark.parametrize(
+    ("words", "processes", "micro", "together"),
+    [("", 4, 4, 16), ("", 3, 4, 12), ("", 7, 2, 14), ("", 32, 1, 32), ("--batch_size 12", 2, 12, 24),
+     ("--batch_size 3", 4, 3, 12), ("--global_batch_size 6", 1, 6, 6), ("--global_batch_size 150", 1, 50, 150), ("--global_batch_size 24", 3, 8, 24)],
+)  # fmt: skip
+def test_processes_share_the_update(words: str, processes: int, micro: int, together: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = dialled(f"--preset depth=2 --vocab_size 257 {words}")
+    assert (config.training.batch_size, config.training.global_batch_size) == (micro, together)
+    assert together % (micro * processes) == 0
+    rate = best_rate(426_112, 128, 12 * 426_112, together * 256)
+    assert config.optimizer.lr == float(f"{rate:.3g}")
+
+
+def test_a_null_says_what_it_says_anywhere(tmp_path: Path):
+    """As in a file that began as a copy of configs/reference.yaml."""
+    file = tmp_path / "own.yaml"
+    file.write_text("training: {max_iters: null, epochs: null, global_batch_size: null}\n")
+    config = dialled("--preset depth=8 --vocab_size 257", file)
+    usual = dialled("--preset depth=8 --vocab_size 257")
+    assert config.training.max_tokens == usual.training.max_tokens
+    assert config.training.global_batch_size is None
+    share = config.training.batch_size / sequences(usual)
+    assert share < 1
+    assert config.optimizer.lr == pytest.approx(usual.optimizer.lr * math.sqrt(share), rel=5e-3)
+
+
+def test_evaluations_follow_the_interval_and_the_end_that_a_person_says():
+    often = dialled("--preset depth=12 --vocab_size 257 --eval_interval 100").evaluation
+    assert (often.eval_interval, often.eval_iters) == (100, 8), "3/40 of 100 updates of 64 windows"
+    short = dialled("--preset depth=12 --vocab_size 257 --max_iters 2000").evaluation
+    assert short.eval_interval == 200
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adamw8", "galore"])
@@ -220,6 +248,11 @@ def test_a_run_begins_with_the_shape_of_another_before_that_of_the_preset(tmp_pa
         RunConfig, ["--train_data_path", str(dataset), "--preset", "depth=3", "--init_from", str(origin)], presets=True
     )
     assert train.load_config(line).model.num_layers == 1
+    # The number of token ids is known there, too, where the data does not say it.
+    bare = ["--train_data_path", str(dataset / "train.bin"), "--val_data_path", str(dataset / "val.bin")]
+    line = parse_command_line(RunConfig, [*bare, "--preset", "depth=3", "--init_from", str(origin)], presets=True)
+    config = train.load_config(line)
+    assert (config.model.vocab_size, config.training.max_tokens) == (257, 12 * 65_600)
 
 
 # -------------------------------------------------------------------------------------------------------------- the lint
