@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ def test_micro_batches_fit_the_update_that_a_person_wants():
 @pytest.mark.parametrize(
     ("words", "processes", "micro", "together"),
     [("", 4, 4, 16), ("", 3, 4, 12), ("", 7, 2, 14), ("", 32, 1, 32), ("--batch_size 12", 2, 12, 24),
-     ("--batch_size 3", 4, 3, 12), ("--global_batch_size 6", 1, 6, 6), ("--global_batch_size 150", 1, 50, 150), ("--global_batch_size 24", 3, 8, 24)],
+     ("--batch_size 3", 4, 3, 12), ("--global_batch_size 6", 1, 6, 6),
+     ("--global_batch_size 150", 1, 50, 150), ("--global_batch_size 24", 3, 8, 24)],
 )  # fmt: skip
 def test_processes_share_the_update(words: str, processes: int, micro: int, together: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
@@ -249,7 +251,8 @@ def test_a_run_begins_with_the_shape_of_another_before_that_of_the_preset(tmp_pa
     )
     assert train.load_config(line).model.num_layers == 1
     # The number of token ids is known there, too, where the data does not say it.
-    bare = ["--train_data_path", str(dataset / "train.bin"), "--val_data_path", str(dataset / "val.bin")]
+    files = [shutil.copy(dataset / f"{name}.bin", tmp_path) for name in ("train", "val")]
+    bare = ["--train_data_path", str(files[0]), "--val_data_path", str(files[1])]
     line = parse_command_line(RunConfig, [*bare, "--preset", "depth=3", "--init_from", str(origin)], presets=True)
     config = train.load_config(line)
     assert (config.model.vocab_size, config.training.max_tokens) == (257, 12 * 65_600)
