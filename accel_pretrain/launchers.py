@@ -227,7 +227,7 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
     except SystemExit as asked:
         code = exit_code_of(asked)
         if code and not isinstance(asked.code, int):
-            print(asked.code, file=sys.stderr)
+            sys.stderr.write(f"{asked.code}\n")
     if os.environ.get("WORLD_SIZE", "1") == "1":  # now: of processes that srun has started, main has said it
         sys.exit(code)
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]

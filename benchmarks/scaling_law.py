@@ -181,8 +181,8 @@ def plot(rows: Sequence[dict[str, Any]], found: Minimum | None, flops: float, pa
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
-    if len(options.depths) < 3:
-        sys.exit("error: --depths: a parabola needs three or more; type --depths 1,2,3,4,5")
+    if len(set(options.depths)) < 3:
+        sys.exit("error: --depths: a parabola needs three different ones or more; type --depths 1,2,3,4,5")
     print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}", flush=True)
     machine = Machine(options.threads, False, options.precision)
     if options.data is None:

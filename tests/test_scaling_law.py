@@ -50,9 +50,10 @@ def test_a_minimum_that_was_not_seen_is_said_to_be_none():
     assert "no minimum" in scaling_law.verdict(upside_down)
 
 
-def test_two_depths_are_no_parabola():
+@pytest.mark.parametrize("depths", ["1,2", "1,2,2"])
+def test_two_depths_are_no_parabola(depths: str):
     with pytest.raises(SystemExit, match="--depths"):
-        scaling_law.main(["--depths", "1,2"])
+        scaling_law.main(["--depths", depths])
 
 
 def in_this_process(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
