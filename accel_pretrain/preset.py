@@ -16,7 +16,7 @@ this one is the best number of tokens per parameter the same from 1e18 to 1e19 F
 from 3,700 runs of 60 million parameters and more with AdamW, whose rates Muon's are like here (:mod:`accel_pretrain.muon`), so
 that one serves all groups, and embedding_lr_scale and head_lr_scale stay 1. The batch is the nearest power of two, or what is
 near that and can be shared among the processes. The rate is multiplied by sqrt(batch / B), as nanochat does (Malladi et al.
-2022), whoever has chosen the batch.
+2022), whoever has chosen the batch, but by no more than 4: far above B larger updates gain little (McCandlish et al. 2018).
 Before that it is at most 0.07 / sqrt(width): so fall Muon's best rates (Yang, Simon & Bernstein 2023, "A spectral condition for
 feature learning"; nanochat's are 0.1 / sqrt(width) in our units, for far larger batches). That is the smaller one below some
 seventy million parameters, where Step Law's runs end, and it is too high there. The standard library's bytes, nats for each,
@@ -130,7 +130,7 @@ def best_batch(tokens: float) -> float:
 
 def best_rate(count: int, width: int, tokens: float, batch: float) -> float:
     """The peak rate of ``count`` parameters that see so many tokens, ``batch`` in an update."""
-    return min(1.79 * count**-0.713 * tokens**0.307, 0.07 / math.sqrt(width)) * math.sqrt(batch / best_batch(tokens))
+    return min(1.79 * count**-0.713 * tokens**0.307, 0.07 / math.sqrt(width)) * min(4.0, math.sqrt(batch / best_batch(tokens)))
 
 
 def evaluations(updates: int, sequences: int, windows: int, interval: int | None = None) -> tuple[int, int]:

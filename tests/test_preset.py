@@ -71,6 +71,7 @@ def test_batch_and_rate_are_step_laws():
     assert best_batch(1e11) == pytest.approx(1.1077e6, rel=1e-3)
     assert best_rate(10**9, 1024, 1e11, best_batch(1e11)) == pytest.approx(1.6325e-3, rel=1e-3)
     assert best_rate(10**9, 1024, 1e11, 4 * best_batch(1e11)) == pytest.approx(2 * 1.6325e-3, rel=1e-3)
+    assert best_rate(10**9, 1024, 1e11, 400 * best_batch(1e11)) == pytest.approx(4 * 1.6325e-3, rel=1e-3)
     assert best_rate(65_600, 64, 787_200, best_batch(787_200)) == pytest.approx(0.07 / 8), "Step Law has 0.043"
 
 
