@@ -17,7 +17,7 @@ characters were tried as the baseline, each with a grid of learning rates (**tun
 quality_arms.py. The rate of the recipe comes from a search of the same kind. Model, batch and context of the recipe are its
 own: what a person waits for is a loss, not a model of so many parameters. Text, tokenizer, held-out tokens, order of the data,
 precision, threads and code are the same. The baseline runs on the fast paths of this package, too.
-**tokens**: Muon against AdamW at four rates, of which the best counts, with the same model, batches and schedule and the same
+**tokens**: Muon against AdamW at three rates, of which the best counts, with the same model, batches and schedule and the same
 rate of the embeddings: the part of AdamW's tokens that Muon needs.
 **wsd**: three horizons by one WSD run and branches from its checkpoints, against three full cosine runs.
 **ingredients**: everything of which the recipe is made, added to the baseline and removed from the recipe, at equal time.
