@@ -12,11 +12,11 @@ Two corpora: ``code``, the sources of the Python standard library in a vocabular
 ``--minutes``. A learning rate has to know when a run ends. So the baseline has a cosine over its whole time, and the recipe
 runs with horizons that are fixed beforehand, ``--shares`` of that time, each a run of its own. A horizon counts if its run
 reached the loss with every seed; then the figure is the mean of when it did, between two evaluations by a straight line. The
-baseline's loss is the lowest of its curve, and its time the one at which it had that. Both published settings of nanoGPT for
-characters were tried as the baseline, each with a grid of learning rates (**tune**); the better one of each corpus stands in
-quality_arms.py. The rate of the recipe comes from a search of the same kind. Model, batch and context of the recipe are its
-own: what a person waits for is a loss, not a model of so many parameters. Text, tokenizer, held-out tokens, order of the data,
-precision, threads and code are the same. The baseline runs on the fast paths of this package, too.
+baseline's loss is the lowest of its curve, and its time the one at which it had that. The baseline is what nanoGPT's README
+gives for a CPU, at the best of a grid of learning rates; **tune** tries that, and nanoGPT's settings for a GPU. The rates of
+the recipe come from a search of the same kind. Model, batch and context of the recipe are its own: what a person waits for is a
+loss, not a model of so many parameters. Text, tokenizer, held-out tokens, order of the data, precision, threads and code are
+the same. The baseline runs on the fast paths of this package, too.
 **tokens**: Muon against AdamW at three rates, of which the best counts, with the same model, batches and schedule and the same
 rate of the embeddings: the part of AdamW's tokens that Muon needs.
 **wsd**: three horizons by one WSD run and branches from its checkpoints, against three full cosine runs.
