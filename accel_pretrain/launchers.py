@@ -218,7 +218,7 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
     """Call ``main`` and end this process with its exit code.
 
     One of several leaves without taking the interpreter down: threads of gloo outlive ``destroy_process_group``, and one
-    that lets go of a tensor meanwhile aborts the process, whose run was whole (pytorch/pytorch#179291). What the interpreter
+    that lets go of a tensor meanwhile aborts the process, whose run was whole (pytorch/pytorch#190489). What the interpreter
     does before that is done here: pools of threads end (torch.compile keeps one), other threads are waited for, and what is
     registered is called.
     """
