@@ -299,7 +299,8 @@ def test_text_that_changed_meanwhile_is_read_again(corpus: Path, tmp_path: Path)
     assert run(own, tmp_path / "out", "--tokenizer", "bytes").returncode == 0
     assert run(own, tmp_path / "fresh", "--tokenizer", "bytes").returncode == 0
     assert_same_files(tmp_path / "fresh", tmp_path / "out")
-    assert any(text.startswith("STORY 0.3:") for text in documents_of(tmp_path / "out", TRAIN))
+    documents = [text for split in (TRAIN, VAL) for text in documents_of(tmp_path / "out", split)]
+    assert any(text.startswith("STORY 0.3:") for text in documents)
 
 
 @pytest.mark.slow
