@@ -53,6 +53,9 @@ def _no_launcher(monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(INT, 130), (TERM, 143), (HUP, 129), (USR1, 138), (USR2, 143)])
 def test_a_signal_is_remembered_and_the_handlers_are_put_back(number: signal.Signals, code: int) -> None:
+    first = signal.getsignal(number)
+    if first == signal.SIG_IGN:  # these tests run under nohup
+        signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     with StopSignal() as stop:
         assert not stop.agreed()
@@ -62,6 +65,7 @@ def test_a_signal_is_remembered_and_the_handlers_are_put_back(number: signal.Sig
         assert stop.exit_code == stop.own_code == code
         assert stop.reason == ("the launcher has died" if number == USR2 else number.name)
     assert signal.getsignal(number) == before
+    signal.signal(number, first)
 
 
 def test_nohup_is_respected() -> None:
