@@ -118,7 +118,8 @@ def measure(figure: str, corpus: str, data: dict[str, Any], options: argparse.Na
         arms += [replace(quality_arms.recipe(corpus, share), name=f"recipe {share:g}") for share in options.shares]
     elif figure == "tokens":
         muon, equal = quality_arms.recipe(corpus), "updates"
-        arms = [*quality_arms.adamw_arms(muon), *(replace(muon, name=f"muon {s:g}", share=s) for s in options.token_shares)]
+        arms = [quality_arms.with_adamw(muon, rate) for rate in quality_arms.ADAMW_RATES]
+        arms += [replace(muon, name=f"muon {s:g}", share=s) for s in options.token_shares]
     elif figure == "ingredients":
         arms = quality_arms.ingredient_arms(corpus)
     elif figure == "tune":

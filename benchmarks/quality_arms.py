@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ RECIPE_CHANGES: dict[str, dict[str, Any]] = {
     "code": {"model.tie_embeddings": True, "model.value_embeddings": False, "model.logit_softcap": None},
     "text": {},
 }
-ADAMW_RATES = (2.5e-4, 5e-4, 1e-3)  # of matrices, for Muon's rival on the recipe's model; embeddings keep theirs
+ADAMW_RATES = (2.5e-4, 5e-4, 1e-3)  # of matrices, for Muon's rival on the recipe's model
 ADAMW_BEST = 5e-4
 GRID = (1.25e-3, 2.5e-3, 5e-3, 1e-2)  # learning rates of the baseline
 
@@ -61,16 +61,13 @@ def recipe(corpus: str, share: float = 1.0) -> Arm:
     return Arm("recipe", own, share).but("recipe", RECIPE_CHANGES[corpus])
 
 
-def adamw_arms(muon: Arm) -> list[Arm]:
-    """The same with AdamW in Muon's place, at several rates."""
+def with_adamw(muon: Arm, rate: float) -> Arm:
+    """The same with AdamW in Muon's place, ``rate`` for matrices; embeddings keep theirs."""
     embedding = muon.settings["optimizer.lr"] * muon.settings["optimizer.embedding_lr_scale"]
-    return [
-        muon.but(f"adamw {rate:g}", {
-            "optimizer.name": "adamw", "optimizer.lr": rate, "optimizer.embedding_lr_scale": embedding / rate,
-            "optimizer.beta2": muon.settings["optimizer.beta2"],
-        })
-        for rate in ADAMW_RATES
-    ]  # fmt: skip
+    return muon.but(f"adamw {rate:g}", {
+        "optimizer.name": "adamw", "optimizer.lr": rate, "optimizer.embedding_lr_scale": embedding / rate,
+        "optimizer.beta2": muon.settings["optimizer.beta2"],
+    })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,15 +108,14 @@ INGREDIENTS = (
 def ingredient_arms(corpus: str) -> list[Arm]:
     """The baseline, and with each ingredient of the recipe; the recipe, and without each. AdamW has a rate that suits."""
     plain, ours = baseline(corpus), recipe(corpus)
-    adamw = next(arm for arm in adamw_arms(ours) if arm.settings["optimizer.lr"] == ADAMW_BEST)
     added, removed = [], []
     for ingredient in INGREDIENTS:
         new, old = ingredient.part(ours.settings), ingredient.part(plain.settings)
         if new == old:
             continue
         added.append(plain.but(f"+ {ingredient.name}", new))
-        without = adamw.settings if ingredient.name == "optimizer" else ours.but("", old).settings
-        removed.append(Arm(f"- {ingredient.name}", without))
+        without = with_adamw(ours, ADAMW_BEST) if ingredient.name == "optimizer" else ours.but("", old)
+        removed.append(replace(without, name=f"- {ingredient.name}"))
     return [plain, *added, ours, *removed]
 
 
