@@ -107,4 +107,4 @@ def _blame(module: nn.Module, what: str) -> str:
 def _finite(values: Iterable[Any]) -> bool:
     """Whether all floating-point tensors among these are finite; waits for the device."""
     tensors = (local(value.detach()) for value in values if torch.is_tensor(value) and value.is_floating_point())
-    return all(bool(torch.isfinite(own._values() if own.is_sparse else own).all()) for own in tensors)
+    return all(bool(torch.isfinite(own).all()) for own in tensors)

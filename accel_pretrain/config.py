@@ -29,6 +29,8 @@ from accel_pretrain.trackers import LoggingConfig
 from accel_pretrain.typed_yaml import section, to_plain
 from accel_pretrain.validation import EvaluationConfig
 
+USUAL_UPDATES = 100_000  # of a run that does not say how long it is
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -271,7 +273,7 @@ def _max_iters(training: TrainingConfig, warmup: BatchWarmup, context_length: in
     elif training.epochs is not None:
         left = training.epochs * windows - done.samples
     else:
-        return training.max_iters or 100_000
+        return training.max_iters or USUAL_UPDATES
     return done.step + warmup.updates_until(done.samples + left, done.samples)
 
 

@@ -26,16 +26,17 @@ from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import reported
 from accel_pretrain.hardware import free_memory
 from accel_pretrain.launchers import environment_of_its_own, launcher_variables, request_of
+from accel_pretrain.preset import load_with
 from accel_pretrain.proofs import Result, prove
 from accel_pretrain.redaction import looks_secret, redact
 from accel_pretrain.runtime import TrainingConfig, resolve_precision
 from accel_pretrain.smoke import smoke
-from accel_pretrain.typed_yaml import load, parse_command_line
+from accel_pretrain.typed_yaml import parse_command_line
 
 USAGE = """\
 usage: python -m accel_pretrain.doctor                                    what this machine has, and a run of 20 seconds on it
        python -m accel_pretrain.doctor --config FILE [--key VALUE]...     and what this config does on it, proven by small runs
-       python -m accel_pretrain.doctor --train_data_path DIR [...]
+       python -m accel_pretrain.doctor --train_data_path DIR [--preset depth=N] [...]
 
   --no_smoke       without that run
   --help           show this
@@ -81,11 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     with reported():
         words = sys.argv[1:] if argv is None else argv
-        line = parse_command_line(RunConfig, words, flags={"help", "no_smoke"}, short={"-h": "help"})
+        line = parse_command_line(RunConfig, words, flags={"help", "no_smoke"}, short={"-h": "help"}, presets=True)
         if "help" in line.flags:
             print(USAGE)
             return 0
-        config = load(RunConfig, line.config, line.overrides) if line.config or line.overrides else None
+        given = line.preset or line.config or line.overrides
+        config = load_with(RunConfig, line.preset, line.config, line.overrides) if given else None
         run_dir = config.checkpoint.checkpoint_dir if config else Path()
         well = True
         for finding in examine(run_dir):

@@ -96,8 +96,9 @@ class Workload:
     world_size: int = 1
     checkpointing: str = "none"  # none, selective or full: training.activation_checkpointing
     chunked: bool = False  # training.chunked_loss; a CPU takes its own where that pays
-    update_bytes: int = 0  # that the optimizer needs for a while, and its operations in products of matrices, both by
-    update_flops: float = 0.0  # update_costs
+    update_bytes: int = 0  # that the optimizer needs for a while; this and the next two are update_costs'
+    update_flops: float = 0.0  # in products of matrices
+    set_aside: float = 0.0  # float32 numbers per parameter, while gradients are computed
 
     @property
     def tokens(self) -> int:
@@ -264,14 +265,13 @@ def memory(load: Workload) -> Memory:
 
     Four moments can be it: the loss (all activations and three times the logits, or a chunk of them and the gradients at the
     output), the output matrix's gradient (all activations, one gradient of the logits, and that matrix's), the end (all
-    gradients) and the update (what the optimizer computes, too); where blocks are computed again, also the last or the first.
+    gradients) and the update (the optimizer's work, too); where blocks are computed again, also the last or the first.
     Gradients exist throughout where they are accumulated, beside the buckets of DDP, which stand from the first update on;
     else they come as the activations go.
     """
     shard = load.world_size if load.strategy != "ddp" else 1
-    weights = FP32 * load.parameters
-    state = math.ceil(FP32 * load.moments * math.ceil(load.parameters / shard))
-    output = FP32 * load.vocab_size * load.model.d_model
+    weights, output = FP32 * load.parameters, FP32 * load.vocab_size * load.model.d_model
+    state = math.ceil(FP32 * (load.moments + load.set_aside) * math.ceil(load.parameters / shard))
     standing = {"weights": math.ceil(weights / shard), "optimizer": state, "tables": tables(load)}
     copies, kept, N = weight_copies(load), activations(load), load.tokens
     gradients, early = _gradients(load, weights)
@@ -288,8 +288,8 @@ def memory(load: Workload) -> Memory:
         known = output + N * load.model.d_model * load.width
         head = known
     again = output if early else 0  # a new gradient is made beside the one that it is added to,
-    if load.model.tie_embeddings:  # and that of a tied matrix is the sum of two, one of which is sparse on a CPU
-        again += output if load.device == "cpu" else 2 * output
+    if load.model.tie_embeddings and not load.loss_in_chunks:  # and that of a tied one the sum of two, in place if autocast
+        again += output if load.device == "cpu" and load.width != FP32 else 2 * output
     forward = {"weight copies": copies, "activations": kept}
     moments = [
         Memory("the loss", {**standing, "gradients": early + known, **forward, "logits": logits(load)}),

@@ -33,8 +33,8 @@ def lion_rule(optimizer: ByRules, group: Group, parameters: list[torch.Tensor]) 
     """W = W - lr (sign(beta1 M + (1 - beta1) G) + decay W), then M = beta2 M + (1 - beta2) G."""
     optimizer.count(group, parameters)
     means, (beta1, beta2), rate = optimizer.moments(parameters, "exp_avg"), group["betas"], optimizer.rate(group)
-    for parameter, mean, gradient in zip(parameters, means, optimizer.gradients(parameters, unless=means), strict=True):
-        weight = local(parameter)
+    for parameter, mean in zip(parameters, means, strict=True):
+        weight, gradient = local(parameter), optimizer.gradient(parameter, unless=mean)
         weight.mul_(1 - rate * group["weight_decay"]).sub_(mean.lerp(gradient, 1 - beta1).sign_() * rate)
         mean.lerp_(gradient, 1 - beta2)
 

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from accel_pretrain.parallel import local
+from accel_pretrain.rules import unwrapped
 
 WINDOW, SIGMAS = 128, 6.0
 MAX_IN_A_ROW, MAX_IN_A_ROW_FP16 = 10, 20  # the scaler of fp16 begins with a scale that is too large, and halves it
@@ -108,7 +109,7 @@ class Guard:
         self._limit = MAX_IN_A_ROW if accelerator.scaler is None else MAX_IN_A_ROW_FP16
         self._measured.append((step, loss, grad_norm))
         # The wrapped optimizer's step costs 0.1 ms of its own; without a scaler it has nothing to add to the inner one's.
-        inner = getattr(optimizer, "optimizer", optimizer)
+        inner = unwrapped(optimizer)
         on_device = self.on_spike == "log" and _decides_late(inner)
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm) if on_device else None
         good = on_device or self.settle(health)

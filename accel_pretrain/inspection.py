@@ -29,6 +29,7 @@ from accel_pretrain.checkpoint import TrainState
 from accel_pretrain.histograms import histogram_of
 from accel_pretrain.models.transformer import Block, FeedForward
 from accel_pretrain.parallel import forget_gathered, is_sharded, local
+from accel_pretrain.rules import resting
 from accel_pretrain.run import TrainingRun
 from accel_pretrain.runtime import seed_dropout
 
@@ -79,8 +80,8 @@ class Inspector(Aid):
         scale = scaler.get_scale() if scaler is not None else 1.0
         grads = {name: weight.grad for name, weight in self._named.items() if weight.grad is not None}
         self._row |= self._norms({name: local(grad) for name, grad in grads.items()}, "grad_norm", scale)
-        self._row |= self._norms({name: local(weight.detach()) for name, weight in self._named.items()}, "weight_norm")
-        self._before = [local(weight.detach()).clone() for weight in self._named.values()]
+        self._before = [weight.clone() for weight in resting(self._run.optimizer, list(self._named.values()))]
+        self._row |= self._norms(dict(zip(self._named, self._before, strict=True)), "weight_norm")
         if "gradients" in self._drawn:
             self._draw("gradients", self._step, grads, scale)
 

@@ -171,7 +171,7 @@ def saving(o: Outlook) -> Findings:
         text = "checkpoint.keep_last 1 without save_best: one damaged file, or a spike, and nothing is left to go back to"
         yield Finding("keep_one", text, "type --keep_last 2")
     if o.pace is not None:
-        lost = min(config.checkpoint_interval, last) * o.pace.seconds / 3600
+        lost = min(min(config.checkpoint_interval, last) * o.pace.seconds / 3600, (config.every_minutes or math.inf) / 60)
         if lost > 1:
             text = f"checkpoint.checkpoint_interval {config.checkpoint_interval}: a crash can lose {lost:.1f} hours"
             updates = max(1, int(1800 / o.pace.seconds))

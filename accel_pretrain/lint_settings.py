@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from accel_pretrain.models import ModelConfig
-from accel_pretrain.optim import SGD, AdamW, Lion, Muon
+from accel_pretrain.optim import SGD, AdamW, AdamWScheduleFree, Lion, Muon
 from accel_pretrain.outlook import Outlook, critical_batch, first_loss
 from accel_pretrain.schedule import Constant, WarmupStableDecay
 
@@ -75,7 +75,11 @@ def schedule(o: Outlook) -> Findings:
     if floor is not None and floor > peak / 2:
         text = f"schedule.min_lr {floor:g} is more than half of lr {peak:g}: the rate hardly comes down"
         yield Finding("min_lr_high", text, f"type --min_lr {peak / 10:g}")
-    if isinstance(config, Constant) and last >= 1000 and o.flops > WORTH_PLANNING:
+    averages = isinstance(o.config.optimizer, AdamWScheduleFree)
+    if averages and not isinstance(config, Constant):
+        text = f"schedule.name {config.name}: schedule_free averages weights, for which the rate has to stay"
+        yield Finding("schedule_free_falls", text, "type --schedule.name constant")
+    if isinstance(config, Constant) and last >= 1000 and o.flops > WORTH_PLANNING and not averages:
         text = "schedule.name constant: without a decay at the end the loss stays above what it could be"
         yield Finding("never_decays", text, "type --schedule.name wsd", serious=False)
     if isinstance(config, WarmupStableDecay) and config.decay_iters is not None and config.decay_iters < last / 50:
@@ -96,7 +100,9 @@ def optimizer(o: Outlook) -> Findings:
             yield Finding("muon_costly", text, "type --optimizer.name adamw, or a larger --batch_size", serious=False)
     if isinstance(config, SGD | Lion):
         return
-    if config.beta1 > config.beta2:
+    if isinstance(config, AdamWScheduleFree):
+        pass  # its beta1 is no decay
+    elif config.beta1 > config.beta2:
         text = f"optimizer.beta1 {config.beta1:g} is above beta2 {config.beta2:g}: they look swapped"
         yield Finding("betas_swapped", text, f"type --beta1 {config.beta2:g} --beta2 {config.beta1:g}")
     elif config.beta1 < 0.5:

@@ -22,6 +22,7 @@ from accel_pretrain.hindsight import most_memory
 from accel_pretrain.optim import set_lr
 from accel_pretrain.parallel import alike, is_sharded, whole, withheld
 from accel_pretrain.recovery import divergence, heed_alarm, went_back
+from accel_pretrain.rules import begin_update
 from accel_pretrain.run import TrainingRun
 from accel_pretrain.runtime import seed_dropout
 from accel_pretrain.typed_yaml import to_yaml
@@ -99,6 +100,7 @@ def train_step(run: TrainingRun, state: TrainState) -> Update | None:
     accelerator, plan, config = run.accelerator, run.plan, run.config
     lr = config.schedule.lr(state.step + 1, config.optimizer.lr, plan.max_iters)
     set_lr(run.optimizer, lr)
+    begin_update(run.optimizer, ready=run.saver.wait_until_copied)  # a checkpoint may be in the making
     samples, micro_batches = plan.samples_of(state.samples), run.batches.micro_batches(state.samples)
     weights_B = run.weights_B if samples == plan.samples_per_step else run.weights_B * (plan.samples_per_step / samples)
     nats: list[torch.Tensor] = []
@@ -120,7 +122,7 @@ def train_step(run: TrainingRun, state: TrainState) -> Update | None:
     assert grad_norm is not None  # as it would be under DeepSpeed
     grad_norm = whole(grad_norm)
     loss = _sum_over_processes(run, torch.cat(nats).sum()) / (samples * config.model.context_length)
-    run.saver.wait_until_copied()  # a checkpoint may be in the making
+    run.saver.wait_until_copied()
     run.guard.step(accelerator, run.optimizer, state.health, state.step + 1, loss, grad_norm)
     return Update(loss=loss, grad_norm=grad_norm, lr=lr, samples=samples)
 

@@ -31,7 +31,7 @@ from accel_pretrain.parallel import fill
 from accel_pretrain.peers import Peers
 from accel_pretrain.runtime import build_accelerator, describe_runtime
 from accel_pretrain.schedule import Constant
-from accel_pretrain.trial import build
+from accel_pretrain.trial import build, whole_updates
 from accel_pretrain.typed_values import NULLS
 
 UPDATES = 200
@@ -73,7 +73,7 @@ def find(config: RunConfig) -> int:
     """Measure, draw, and say what to type; returns the exit code. Collective."""
     refuse_what_is_another_run(config)
     debug = DebugConfig()
-    training = replace(config.training, max_iters=UPDATES, max_tokens=None, epochs=None, on_spike="log")
+    training = replace(whole_updates(config.training, UPDATES), on_spike="log")
     config = replace(config, training=training, schedule=Rising(), debug=debug)
     with tempfile.TemporaryDirectory(prefix="lr_find_") as folder:
         accelerator = build_accelerator(config.training, [], Path(folder), config.parallel)

@@ -15,6 +15,7 @@ from accel_pretrain.models import ModelConfig, Transformer, hollow
 from accel_pretrain.models.mup import lr_scale
 from accel_pretrain.muon import muon_rule
 from accel_pretrain.rules import ByRules, Group, adamw_rule, is_share
+from accel_pretrain.schedule_free import ScheduleFree
 from accel_pretrain.typed_yaml import option
 
 _LR_ALIASES = ("learning_rate",)
@@ -88,7 +89,7 @@ class _Adam:
 class AdamW(_Adam):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2): torch's fused implementation."""
 
-    name: Literal["adamw"] = option("adamw", "adamw | sgd | muon | lion | adamw8 | galore")
+    name: Literal["adamw"] = option("adamw", "adamw | sgd | muon | lion | adamw8 | galore | schedule_free")
 
     def groups(self, model: nn.Module) -> list[Group]:
         return decay_groups(model, self.weight_decay, self.lr, _scales(self))
@@ -248,7 +249,26 @@ def _third(model: nn.Module) -> int:
     return third - third % 8 if third >= 8 else third
 
 
-Optimizer = AdamW | SGD | Muon | Lion | AdamW8 | GaLore
+@dataclass(frozen=True, kw_only=True)
+class AdamWScheduleFree(_Adam):
+    """AdamW at a rate that stays, and an average of its weights (Defazio et al. 2024): :mod:`accel_pretrain.schedule_free`."""
+
+    name: Literal["schedule_free"] = option("schedule_free", "")
+    lr: float = option(2.5e-3, "learning rate, for a constant schedule; several times AdamW's", aliases=_LR_ALIASES)
+    beta1: float = option(0.9, "where gradients are taken: 1 at the average, 0 at the weights that take the steps")
+
+    def groups(self, model: nn.Module) -> list[Group]:
+        own = self.adamw_group() | {"rule": "schedule_free"}
+        return decay_groups(model, self.weight_decay, self.lr, _scales(self), lambda *_: own)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        return ScheduleFree(self.groups(model))
+
+    def moments(self, group: Group, parameter: torch.Tensor) -> float:
+        return 2.0
+
+
+Optimizer = AdamW | SGD | Muon | Lion | AdamW8 | GaLore | AdamWScheduleFree
 
 
 def _common_checks(config: _Adam | SGD | Lion) -> list[tuple[bool, str]]:

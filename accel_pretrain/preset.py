@@ -38,7 +38,7 @@ zero"), after a warm-up of 2 %. Ten evaluations, of so many windows that they ta
 
 What was said elsewhere counts: the parameters are those of the shape in force, ``max_tokens`` is D for batch and rate
 (``max_iters`` and ``epochs`` only end a run), and the rate is that of the batch in force. An optimizer to which the rate does
-not apply (sgd, lion) keeps its own.
+not apply (sgd, lion) keeps its own, and for one that averages weights (schedule_free) the rate stays what it is.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accel_pretrain.config import RunConfig
+from accel_pretrain.config import USUAL_UPDATES, RunConfig
 from accel_pretrain.errors import ConfigError
 from accel_pretrain.estimates import parameters
 from accel_pretrain.launchers import place
 from accel_pretrain.mixture import open_data
 from accel_pretrain.models import ModelConfig
-from accel_pretrain.optim import SGD, Lion
+from accel_pretrain.optim import SGD, AdamWScheduleFree, Lion
 from accel_pretrain.typed_yaml import Entry, keys_given, load
 
 T = TypeVar("T", bound=RunConfig)
@@ -84,6 +84,9 @@ def load_with(
 
     chosen: dict[str, Any] = {"optimizer.name": "muon", "schedule.name": "linear", **shape(depth)}
     config = loaded(chosen)
+    if isinstance(config.optimizer, AdamWScheduleFree):
+        chosen["schedule.name"] = "constant"
+        config = loaded(chosen)
     if config.checkpoint.init_from is not None and not beneath:
         return config  # the caller reads the shape there, and comes again with it beneath
     given = keys_given(cls, file, overrides)
@@ -190,6 +193,9 @@ def _amounts(config: RunConfig, given: frozenset[str], processes: int) -> dict[s
     if config.training.max_iters is None and config.training.epochs is None:
         chosen["training.max_tokens"] = own.tokens
     if not isinstance(optimizer, SGD | Lion):
+        if (base := config.model.mup_base_width) is not None and "optimizer.lr" not in given:
+            found = f"model.mup_base_width {base}: the rate of --preset is that of its width already"
+            raise ConfigError(f"{found}; type --lr RATE, the best one at width {base}, or --mup_base_width null")
         rate = best_rate(own.count, config.model.d_model, own.tokens, per_update)
         chosen |= {"optimizer.lr": float(f"{rate:.3g}"), "optimizer.weight_decay": 0.1}
     if hasattr(config.schedule, "min_lr"):
@@ -202,8 +208,12 @@ def describe(preset: str, config: RunConfig) -> str:
     model, training = config.model, config.training
     count = multiplying(model, vocab_size_of(config))
     each = training.global_batch_size or training.batch_size * (training.gradient_accumulation_steps or 1) * _processes(config)
-    per_parameter = f", {training.max_tokens / count:.3g} for each" if training.max_tokens else ""
-    length = f"{training.max_tokens:,} tokens{per_parameter}" if training.max_tokens else "a length of your own"
+    if training.max_tokens is not None:
+        length = f"{training.max_tokens:,} tokens, {training.max_tokens / count:.3g} for each"
+    elif training.epochs is not None:
+        length = f"{training.epochs:g} epochs"
+    else:
+        length = f"{training.max_iters or USUAL_UPDATES:,} updates"
     where = f"{_several(model.num_layers, 'layer')} of width {model.d_model}, {_several(model.num_heads, 'head')}"
     how = f"{config.optimizer.name} with lr {config.optimizer.lr:g}, {config.schedule.name}"
     return (

@@ -17,7 +17,7 @@ import torch
 from accel_pretrain.estimates import Workload, flops_per_token, memory
 from accel_pretrain.models import Transformer
 from accel_pretrain.optim import Optimizer
-from accel_pretrain.rules import settle_in
+from accel_pretrain.rules import begin_update, settle_in
 
 Clock = Callable[[], float]
 _GEMM = 1024  # side of the square matrices whose product says how much will fit into the time
@@ -109,6 +109,7 @@ def _measure(
         nats_B.backward(gradient=weights_B)
 
     def update() -> None:
+        begin_update(built, ready=lambda: None)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         built.step()
         built.zero_grad(set_to_none=True)

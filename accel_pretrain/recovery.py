@@ -21,6 +21,7 @@ from accel_pretrain.data import numbers_of
 from accel_pretrain.errors import CheckpointError, DivergedError, PretrainError
 from accel_pretrain.files import write_whole
 from accel_pretrain.parallel import is_sharded, local
+from accel_pretrain.rules import begin_update
 from accel_pretrain.run import TrainingRun
 from accel_pretrain.runtime import seed_dropout, together
 
@@ -146,12 +147,13 @@ def _computed_again(run: TrainingRun, state: TrainState, step: int) -> list[dict
     """Compute update ``step`` once more, on the weights as they are now, and say for every process what was not finite.
 
     An update that is not finite changes no weight, and its samples and dropout masks are known: this is what happened. The
-    gradients are those of each process alone; of a sharded model, its share of those of all.
+    gradients are those of each process alone; of a sharded model, its share of those of all; where the optimizer wants them.
     """
     config, rank = run.config, run.accelerator.process_index
     first_sample = run.plan.begin_of(step, state)
     losses: list[float] = []
     run.model.zero_grad(set_to_none=True)
+    begin_update(run.optimizer, ready=run.saver.wait_until_copied)
     sharded = is_sharded(run.module)
     with contextlib.nullcontext() if sharded else run.accelerator.no_sync(run.model):
         for micro_step, cpu_batch in enumerate(run.batches.micro_batches(first_sample)):
@@ -169,7 +171,7 @@ def _computed_again(run: TrainingRun, state: TrainState, step: int) -> list[dict
         "bad_gradients": _not_finite({name: own.grad for name, own in run.module.named_parameters()}),
         "bad_weights": _not_finite(dict(run.module.named_parameters())),
     }
-    run.model.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     return gather_object([found])
 
 

@@ -86,11 +86,12 @@ class ByRules(torch.optim.Optimizer):
 
     def gradients(self, parameters: list[torch.Tensor], unless: list[torch.Tensor]) -> list[torch.Tensor]:
         """The gradient of each; if that is not finite, ``unless``: what does not move a running mean."""
-        found = [local(parameter.grad) for parameter in parameters]
-        if self.found_inf is None:
-            return found
-        good = self.found_inf == 0
-        return [torch.where(good, gradient, other) for gradient, other in zip(found, unless, strict=True)]
+        return [self.gradient(*pair) for pair in zip(parameters, unless, strict=True)]
+
+    def gradient(self, parameter: torch.Tensor, unless: torch.Tensor) -> torch.Tensor:
+        """That of one: a copy, where ``found_inf`` is known."""
+        found = local(parameter.grad)
+        return found if self.found_inf is None else torch.where(self.found_inf == 0, found, unless)
 
     def rate(self, group: Group) -> float | torch.Tensor:
         """The learning rate; 0, on the device, if nothing may change."""
@@ -113,6 +114,27 @@ def adamw_rule(optimizer: ByRules, group: Group, parameters: list[torch.Tensor])
         amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         maximize=False,
     )  # fmt: skip
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that was built, of what Accelerate has made of it."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def begin_update(optimizer: torch.optim.Optimizer, ready: Callable[[], object]) -> None:
+    """Before the gradients of an update are taken: some optimizers want them elsewhere, and move the weights there.
+
+    ``ready`` is called before anything moves. ``step`` brings the weights back, or ``zero_grad``.
+    """
+    if (begin := getattr(unwrapped(optimizer), "begin_update", None)) is not None:
+        ready()
+        begin()
+
+
+def resting(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """What this process holds of the weights as they are between updates, also after :func:`begin_update`."""
+    aside: Mapping[torch.Tensor, torch.Tensor] = getattr(unwrapped(optimizer), "aside", {})
+    return [aside[own] if own in aside else local(own.detach()) for own in parameters]
 
 
 def settle_in(optimizer: torch.optim.Optimizer, precision: str, processes: int) -> None:

@@ -25,6 +25,22 @@ from accel_pretrain.trackers import RunLog
 from accel_pretrain.watchdog import Watchdog
 
 
+def batches_of(
+    config: RunConfig, plan: Plan, splits: Splits, rank: int, kind: type[TokenBatches] = TokenBatches
+) -> TokenBatches:
+    """What a process of a run reads."""
+    return kind(
+        splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
+        accumulation=plan.accumulation, warmup=plan.batch_warmup, sampling=config.data.sampling,
+        packing=config.data.packing, world_size=plan.world_size, rank=rank,
+    )  # fmt: skip
+
+
+def sequence_weights(plan: Plan, device: torch.device) -> torch.Tensor:
+    """What a nat of each sequence of a micro-batch counts in the gradient of a whole update: ``weights_B``."""
+    return torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """Everything that the loop needs, made by :mod:`accel_pretrain.train`.

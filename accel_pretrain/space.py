@@ -27,6 +27,11 @@ class Choice:
 
     values: tuple[str, ...]
 
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """What to check beforehand: all of them."""
+        return self.values
+
     def draw(self, random: np.random.Generator) -> str:
         return self.values[int(random.integers(len(self.values)))]
 
@@ -39,6 +44,11 @@ class Range:
     high: float
     log: bool
     whole: bool
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """What to check beforehand: both ends."""
+        return self.text(self.low), self.text(self.high)
 
     def draw(self, random: np.random.Generator) -> str:
         low, high = (self.low, self.high + 1) if self.whole else (self.low, self.high)

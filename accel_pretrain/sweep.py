@@ -20,15 +20,17 @@ from typing import Any, Literal
 from accel_pretrain import lock
 from accel_pretrain.config import RunConfig, Splits, flat, open_splits, told
 from accel_pretrain.errors import ConfigError, LockedError, refuse, reported
+from accel_pretrain.preset import load_with
 from accel_pretrain.space import Choice, Method, Space, grid_size, parse_parameter, propose
 from accel_pretrain.stopping import signals_as_exceptions
 from accel_pretrain.sweep_trials import Trial, run_trial
 from accel_pretrain.typed_keys import Keys
-from accel_pretrain.typed_yaml import CommandLine, Entry, load, option, parse_command_line, reference, section
+from accel_pretrain.typed_yaml import CommandLine, Entry, option, parse_command_line, reference, section
 
 USAGE = """\
 usage: python -m accel_pretrain.sweep --config FILE --param lr=1e-4..1e-2:log --param batch_size=8,16 [--key VALUE]...
        python -m accel_pretrain.sweep --config FILE --param lr=1e-4..1e-2:log --method tpe --trials 30
+       python -m accel_pretrain.sweep --preset depth=N --train_data_path DIR --param lr=1e-3..1e-1:log
 
   --param KEY=A,B,C        one of these values
   --param KEY=LOW..HIGH    a number between; a whole one if both ends are; LOW..HIGH:log spreads it over powers of ten
@@ -76,6 +78,7 @@ class Sweep:
     base: list[str]
     settings: dict[str, Any]
     start: list[str]
+    anew: list[str]  # settings that a preset chooses for each trial
     trials: list[Trial] = field(default_factory=list)
 
     @property
@@ -89,11 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     with reported():
         words, parameters = split_parameters(sys.argv[1:] if argv is None else argv)
-        line = parse_command_line(SweptRun, words, flags={"help"}, short={"-h": "help"})
+        line = parse_command_line(SweptRun, words, flags={"help"}, short={"-h": "help"}, presets=True)
         if "help" in line.flags:
             print(USAGE + reference(SweptRun), end="")
             return 0
         sweep = make_sweep(line, parameters)
+        if sweep.anew:
+            what = ", ".join(sweep.anew)
+            print(f"Notice: --preset {line.preset} chooses for each trial anew: {what}; to compare at equal ones, type them")
         with held(sweep.folder), signals_as_exceptions():
             recall(sweep)
             code = run_trials(sweep)
@@ -118,8 +124,16 @@ def split_parameters(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def make_sweep(line: CommandLine, parameters: Sequence[str]) -> Sweep:
     """The sweep that was asked for; refuses what every trial would trip over."""
-    config = load(SweptRun, line.config, line.overrides)
-    space = space_of(parameters, line)
+    try:
+        config = load_with(SweptRun, line.preset, line.config, line.overrides)
+    except ConfigError:
+        if line.preset is None or not parameters:
+            raise
+        config = None  # what is swept may be what is missing
+    space, tried = space_of(parameters, line)
+    if config is None:
+        first = tuple((name, Entry(own.samples[0], "--param")) for name, own in space.items())
+        config = load_with(SweptRun, line.preset, line.config, (*line.overrides, *first))
     size, options = grid_size(space), config.sweep
     method: Method = options.method or ("grid" if size is not None else "random")
     ranges = ", ".join(name for name, own in space.items() if not isinstance(own, Choice))
@@ -132,17 +146,20 @@ def make_sweep(line: CommandLine, parameters: Sequence[str]) -> Sweep:
         ),
     )
     splits = open_splits(config.data)
-    file = ["--config", str(line.config)] if line.config else []
+    beneath = ["--preset", line.preset] if line.preset else []
+    beneath += ["--config", str(line.config)] if line.config else []
     own = (*OWN, *space)
     typed = ((key, entry) for key, entry in line.overrides if key not in own and not key.startswith("sweep."))
-    base = [*file, *(f"--{key}={entry.raw}" for key, entry in typed)]
-    start = launcher_of(options.launcher)
+    base = [*beneath, *(f"--{key}={entry.raw}" for key, entry in typed)]
+    start, known = launcher_of(options.launcher), settings_of(config, splits, space)
+    others = [settings_of(own, splits, space) for own in tried] if line.preset else []
+    settings = {key: value for key, value in known.items() if all(own.get(key) == value for own in others)}
     wanted = options.trials or (size if method == "grid" and size is not None else 20)
     if method == "tpe":
         propose(space, method, options.sweep_seed, [])  # refuses if optuna is not there
     return Sweep(
         folder=config.checkpoint.checkpoint_dir, space=space, method=method, seed=options.sweep_seed, wanted=wanted,
-        base=base, settings=settings_of(config, splits, space), start=start,
+        base=base, settings=settings, start=start, anew=[key for key in known if key not in settings],
     )  # fmt: skip
 
 
@@ -170,28 +187,28 @@ def settings_of(config: SweptRun, splits: Splits, space: Space) -> dict[str, Any
     return {key: value for key, value in known.items() if key not in swept and (key in counted or not key.startswith(free))}
 
 
-def space_of(parameters: Sequence[str], line: CommandLine) -> Space:
-    """The parameters by their dotted keys, each value checked for its type."""
+def space_of(parameters: Sequence[str], line: CommandLine) -> tuple[Space, list[SweptRun]]:
+    """The parameters by their dotted keys, each value checked for its type; the configs of those that need no other one."""
     refuse((not parameters, "nothing to vary; type --param lr=1e-4..1e-2:log, or --param batch_size=8,16"))
-    keys, space, problems = Keys(RunConfig), dict[str, Any](), list[str]()
+    keys, space, tried, problems = Keys(RunConfig), dict[str, Any](), list[SweptRun](), list[str]()
     for word in parameters:
         name, values = parse_parameter(word)
-        samples = values.values if isinstance(values, Choice) else (values.text(values.low), values.text(values.high))
-        leaf = keys.find(name, samples[0])
+        leaf = keys.find(name, values.samples[0])
         if isinstance(leaf, str):
             problems.append(f"--param {word}: {leaf}")
         elif leaf.path in (*OWN, *space):
             problems.append(f"--param {word}: {leaf.path} is given twice, or is the sweep's own")
         else:
             space[leaf.path] = values
-            for sample in samples:
+            for sample in values.samples:
                 try:
-                    load(SweptRun, line.config, (*line.overrides, (leaf.path, Entry(sample, f"--param {word}"))))
+                    words = (*line.overrides, (leaf.path, Entry(sample, f"--param {word}")))
+                    tried.append(load_with(SweptRun, line.preset, line.config, words))
                 except ConfigError as error:  # others may be the trial's own, of values that do not go together
                     problems += [problem for problem in error.problems if f"{leaf.path}: expected" in problem]
     if problems:
         raise ConfigError(problems)
-    return space
+    return space, tried
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ from accel_pretrain.parallel import build_model, fill, prepare
 from accel_pretrain.peers import Peers
 from accel_pretrain.preset import describe, load_with
 from accel_pretrain.recovery import out_of_memory
-from accel_pretrain.run import TrainingRun
+from accel_pretrain.run import TrainingRun, batches_of, sequence_weights
 from accel_pretrain.runtime import build_accelerator, describe_runtime, few_collections, peak_for, seed_everything, together
 from accel_pretrain.saver import Saver
 from accel_pretrain.session import Session, session, watched
@@ -198,14 +198,11 @@ def assemble(
         parameters=list(model.parameters()), guard=Guard(config.training.on_spike), system=SystemMeter(accelerator.device),
         peak_flops=peak_for(accelerator, config.training),
         hindsight=Hindsight(around.forecast),
-        weights_B=torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=accelerator.device),
+        weights_B=sequence_weights(plan, accelerator.device),
         tokenizer=load_tokenizer(splits.train.tokenizer_path) if splits.train.tokenizer_path else None,
         log=log, saver=saver,
-        batches=(OneBatch if config.debug.overfit_one_batch else TokenBatches)(
-            splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
-            accumulation=plan.accumulation, warmup=plan.batch_warmup, sampling=config.data.sampling,
-            packing=config.data.packing,
-            world_size=plan.world_size, rank=accelerator.process_index,
+        batches=batches_of(
+            config, plan, splits, accelerator.process_index, OneBatch if config.debug.overfit_one_batch else TokenBatches
         ),
     )  # fmt: skip
     run.batches.leave_out(state.health.left_out)

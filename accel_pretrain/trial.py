@@ -29,14 +29,13 @@ from accelerate import Accelerator
 from accel_pretrain.checkpoint import TrainState
 from accel_pretrain.compiling import resolve_compile
 from accel_pretrain.config import Plan, RunConfig, Splits, make_plan
-from accel_pretrain.data import TokenBatches
 from accel_pretrain.files import write_whole
 from accel_pretrain.launchers import environment_of_its_own
 from accel_pretrain.loop import train_step
 from accel_pretrain.parallel import ParallelConfig, build_model, fill, prepare
 from accel_pretrain.probe import timer
-from accel_pretrain.run import TrainingRun
-from accel_pretrain.runtime import build_accelerator, seed_everything
+from accel_pretrain.run import TrainingRun, batches_of, sequence_weights
+from accel_pretrain.runtime import TrainingConfig, build_accelerator, seed_everything
 from accel_pretrain.saver import Saver
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.stopping import StopSignal
@@ -164,7 +163,9 @@ def _trial(
         return Trial(problem=resolved[1])  # else it would be timed, and praised, without
     if limit is not None:
         _limit_memory(device, limit)
-    config = replace(config, model=replace(config.model, vocab_size=vocab_size))  # made-up tokens come without a tokenizer
+    # Made-up tokens come without a tokenizer, and without documents to begin with.
+    model, data = replace(config.model, vocab_size=vocab_size), replace(config.data, packing="windows")
+    config = replace(config, model=model, data=data)
     splits = made_up_tokens(vocab_size)
     accumulation = samples // config.training.batch_size
     run, state = build(config, _plan(config, splits, min(2, accumulation), updates), splits, accelerator, folder), TrainState()
@@ -196,10 +197,16 @@ def _timer(run: TrainingRun, state: TrainState) -> Callable[[], float]:
 
 
 def _plan(config: RunConfig, splits: Splits, accumulation: int, updates: int) -> Plan:
-    amounts = {"global_batch_size": None, "gradient_accumulation_steps": accumulation, "max_tokens": None, "epochs": None}
-    amounts |= {"batch_warmup_tokens": None, "batch_warmup_from": None}  # what is timed is a whole update
-    training = replace(config.training, max_iters=updates, **amounts)
+    training = whole_updates(config.training, updates)
+    training = replace(training, global_batch_size=None, gradient_accumulation_steps=accumulation)
     return make_plan(replace(config, training=training, data=config.data.without_documents()), splits, 1)
+
+
+def whole_updates(training: TrainingConfig, count: int) -> TrainingConfig:
+    """The same for so many updates, all of them of the whole batch."""
+    return replace(
+        training, max_iters=count, max_tokens=None, epochs=None, batch_warmup_tokens=None, batch_warmup_from=None
+    )  # fmt: skip
 
 
 def made_up_tokens(vocab_size: int) -> Splits:
@@ -225,7 +232,8 @@ def build(config: RunConfig, plan: Plan, splits: Splits, accelerator: Accelerato
     run = TrainingRun(
         config=config, plan=plan, splits=splits, accelerator=accelerator, model=model.train(), module=module,
         optimizer=optimizer, parameters=list(model.parameters()), tokenizer=None, stop=StopSignal(),
-        batches=_batches(config, plan, splits, accelerator.process_index), weights_B=_weights_B(plan, accelerator.device),
+        batches=batches_of(config, plan, splits, accelerator.process_index),
+        weights_B=sequence_weights(plan, accelerator.device),
         log=RunLog(accelerator, folder, step=0, total=plan.max_iters),
         saver=Saver(accelerator, folder, config.checkpoint, TrainState()),
     )  # fmt: skip
@@ -233,19 +241,8 @@ def build(config: RunConfig, plan: Plan, splits: Splits, accelerator: Accelerato
 
 
 def _with_plan(run: TrainingRun, plan: Plan) -> TrainingRun:
-    batches = _batches(run.config, plan, run.splits)
-    return replace(run, plan=plan, batches=batches, weights_B=_weights_B(plan, run.accelerator.device))
-
-
-def _batches(config: RunConfig, plan: Plan, splits: Splits, rank: int = 0) -> TokenBatches:
-    return TokenBatches(
-        splits.train, context_length=config.model.context_length, batch_size=plan.batch_size, seed=config.training.seed,
-        accumulation=plan.accumulation, sampling=config.data.sampling, world_size=plan.world_size, rank=rank,
-    )  # fmt: skip
-
-
-def _weights_B(plan: Plan, device: torch.device) -> torch.Tensor:
-    return torch.full((plan.batch_size,), plan.world_size / plan.tokens_per_step, device=device)
+    batches = batches_of(run.config, plan, run.splits, rank=0)
+    return replace(run, plan=plan, batches=batches, weights_B=sequence_weights(plan, run.accelerator.device))
 
 
 def _update(run: TrainingRun, state: TrainState) -> None:

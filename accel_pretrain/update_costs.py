@@ -1,8 +1,8 @@
 """What an update takes beside weights, gradients and moments: bytes for a while, and products of matrices.
 
-AdamW and SGD are one kernel and need neither. The formulas follow :mod:`accel_pretrain.muon` and :mod:`accel_pretrain.frugal`
-line by line, and tests compare them with the allocator: whoever changes those changes these. What Muon's processes send each
-other is left out.
+AdamW and SGD are one kernel and need neither. The formulas follow :mod:`accel_pretrain.muon`, :mod:`~accel_pretrain.frugal`
+and :mod:`~accel_pretrain.schedule_free` line by line, and tests compare them with the allocator: whoever changes those changes
+these. What Muon's processes send each other is left out.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ Shape = tuple[int, int]
 
 
 def with_update(load: Workload, optimizer: Optimizer) -> Workload:
-    """The workload with its ``update_bytes`` and ``update_flops``, of one process."""
-    most, flops = 0, 0.0
-    for group in optimizer.groups(hollow(load.model, load.vocab_size)):
+    """The workload with its ``update_bytes``, ``update_flops`` and ``set_aside``, of one process."""
+    groups, most, flops = optimizer.groups(hollow(load.model, load.vocab_size)), 0, 0.0
+    for group in groups:
         shapes = Counter((own.shape[0], own.shape[1]) for own in group["params"] if own.ndim == 2)
         for shape, count in shapes.items():
             needed, computed = _muon(load, shape, count) if group.get("rule") == "muon" else _frugal(load, shape, group)
             most, flops = max(most, needed), flops + computed * (1 if group.get("rule") == "muon" else count)
-    return replace(load, update_bytes=most, update_flops=flops)
+    averages = any(group.get("rule") == "schedule_free" for group in groups)
+    return replace(load, update_bytes=most, update_flops=flops, set_aside=float(averages))
 
 
 def newton_schulz_flops(rows: int, columns: int) -> float:
@@ -58,8 +59,9 @@ def _muon(load: Workload, shape: Shape, count: int) -> tuple[int, float]:
 def _frugal(load: Workload, shape: Shape, group: Group) -> tuple[int, float]:
     """Bytes at the fullest moment, and operations, of one matrix."""
     rows, columns = -(-shape[0] // _holders(load)), shape[1]
-    if group.get("rule") == "lion":
-        return 2 * FP32 * rows * columns, 0.0
+    if group.get("rule") in ("lion", "schedule_free"):
+        good = 1 if load.device == "cuda" else 0  # a copy of the gradient, which counts only if the update is finite
+        return (2 + good) * FP32 * rows * columns, 0.0
     if group.get("rule") == "adamw8":
         return 7 * FP32 * columns * min(rows, frugal.rows_at_once(columns, load.device)), 0.0
     if group.get("rule") == "galore":

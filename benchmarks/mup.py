@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="*", default=[64, 128, 256, 512])
     parser.add_argument("--updates", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=3, help="losses are means over so many runs")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--rates", type=float, nargs="*", default=[2.0**-k for k in (11, 10, 9, 8, 7, 6, 5)])
     parser.add_argument("--check_only", action="store_true", help="only the coordinate check: a minute")
@@ -105,9 +107,10 @@ def main() -> None:
     losses: dict[bool, dict[int, dict[float, float]]] = {True: {}, False: {}}
     for scaled in () if words.check_only else (True, False):
         for width in (words.widths[0], words.widths[-1]):
-            own = {}
-            for rate in words.rates:
-                own[rate] = train(model_of(width, scaled), replace(plain, lr=rate), words.updates, seed=0).loss
+            own = dict(losses[True][width]) if not scaled and width == BASE else {}  # where nothing is scaled
+            for rate in () if own else words.rates:
+                config, optimizer = model_of(width, scaled), replace(plain, lr=rate)
+                own[rate] = statistics.mean(train(config, optimizer, words.updates, seed).loss for seed in range(words.seeds))
                 print(f"{'muP' if scaled else 'as it is'}, width {width}, lr {rate:.2g}: {own[rate]:.4f}", flush=True)
             losses[scaled][width] = own
         print(verdict(losses[scaled]), flush=True)
@@ -117,23 +120,34 @@ def main() -> None:
 
 def draw(path: Path, moved: dict[bool, dict[int, dict[str, float]]], losses: dict[bool, dict[int, dict[float, float]]]) -> None:
     """Coordinates over width above, losses over learning rate below; muP on the left."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharey="row")
-    for column, scaled in enumerate((True, False)):
-        for name in PARTS:
-            axes[0, column].plot(list(moved[scaled]), [sizes[name] for sizes in moved[scaled].values()], "o-", label=name)
-        axes[0, column].set(xscale="log", yscale="log", xlabel="width", title="mup_base_width 64" if scaled else "not scaled")
-        for width, own in losses[scaled].items():
-            axes[1, column].plot(list(own), list(own.values()), "o-", label=f"width {width}")
-        axes[1, column].set(xscale="log", xlabel="learning rate")
-    axes[0, 0].set_ylabel("how far outputs move in 4 updates")
-    axes[1, 0].set_ylabel(f"loss after updates of {B} sequences")
-    axes[0, 0].legend()
-    if losses[True]:
-        axes[1, 0].legend()
-    figure.savefig(path, dpi=120)
+    from accel_pretrain.curves import RUN_COLOURS
+    from accel_pretrain.plot import STYLE
+
+    rows = 2 if losses[True] else 1
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6 * rows), facecolor="white", layout="constrained")
+        axes = figure.subplots(rows, 2, sharey="row", squeeze=False)
+        for column, scaled in enumerate((True, False)):
+            for name, color in zip(PARTS, RUN_COLOURS, strict=False):
+                sizes = [own[name] for own in moved[scaled].values()]
+                axes[0, column].plot(list(moved[scaled]), sizes, "o-", color=color, markersize=4, label=name)
+            axes[0, column].set(xscale="log", yscale="log", xlabel="width")
+            axes[0, column].set_xticks(list(moved[scaled]), labels=list(map(str, moved[scaled])))
+            axes[0, column].minorticks_off()
+            axes[0, column].set_title("mup_base_width 64" if scaled else "not scaled", loc="left", fontsize=11)
+            for (width, own), color in zip(losses[scaled].items(), RUN_COLOURS, strict=False):
+                axes[1, column].plot(list(own), list(own.values()), "o-", color=color, markersize=4, label=f"width {width}")
+            if losses[True]:
+                axes[1, column].set(xscale="log", xlabel="learning rate")
+        axes[0, 0].set_ylabel("how far outputs move in 4 updates")
+        axes[0, 0].legend(fontsize=8)
+        if losses[True]:
+            axes[1, 0].set_ylabel(f"loss after updates of {B} sequences")
+            axes[1, 0].legend(fontsize=8)
+        figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What each optimizer keeps, how low it comes, and how few tokens Muon needs: ``python -m benchmarks.optimizers``.
 
 A small Transformer learns the bytes of the Python standard library's source code. Every optimizer has the same model, batches
-and schedule (linear warm-up, then linear to nearly 0), and the best of its learning rates, AdamW's too; the table gives the
-validation loss of that one, mean and standard error over the seeds. Muon then runs with a part of AdamW's updates and the
-schedule for that many: the least part that comes as low is its share of tokens. A best rate that is the first or the last is
-said to be so: a better one may lie beyond, and Muon's share is not looked for. On a CPU, 10 to 50 minutes.
+and schedule (linear warm-up, then linear to nearly 0; for schedule_free, a rate that stays), and the best of its learning
+rates, AdamW's too; the table gives the validation loss of that one, mean and standard error over the seeds. Muon then runs
+with a part of AdamW's updates and the schedule for that many: the least part that comes as low is its share of tokens. A best
+rate that is the first or the last is said to be so: a better one may lie beyond, and Muon's share is not looked for. On a CPU,
+10 to 50 minutes.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from pathlib import Path
 import torch
 
 from accel_pretrain.models import ModelConfig, Transformer
-from accel_pretrain.optim import AdamW, AdamW8, GaLore, Lion, Muon, Optimizer, set_lr
-from accel_pretrain.rules import settle_in
+from accel_pretrain.optim import AdamW, AdamW8, AdamWScheduleFree, GaLore, Lion, Muon, Optimizer, set_lr
+from accel_pretrain.rules import begin_update, settle_in
 
 VOCAB, T, B = 256, 64, 16
 RATES: dict[str, tuple[float, ...]] = {
     "adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3, 1.6e-2), "lion": (1e-4, 2e-4, 4e-4, 8e-4),
-    "adamw8": (1e-3, 2e-3, 4e-3, 8e-3), "galore": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "adamw8": (1e-3, 2e-3, 4e-3, 8e-3), "galore": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "schedule_free": (1e-3, 2e-3, 4e-3, 8e-3),
 }  # fmt: skip
 NOT_BRACKETED = "at the edge of the grid: not bracketed"
 PARTS = (0.4, 0.5, 0.6, 0.75)
@@ -76,9 +77,11 @@ def train(model_config: ModelConfig, optimizer: Optimizer, updates: int, seed: i
     built, own, spent = optimizer.build(model), torch.Generator().manual_seed(seed), 0.0
     settle_in(built, "bf16", 1)
     for step in range(updates):
+        falling = 1.0 if optimizer.name == "schedule_free" else (updates - step) / (0.9 * updates)
+        set_lr(built, optimizer.lr * min((step + 1) / (0.1 * updates), falling))
+        begin_update(built, ready=lambda: None)
         nats(model, batch(learn, own)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        set_lr(built, optimizer.lr * min((step + 1) / (0.1 * updates), (updates - step) / (0.9 * updates)))
         begin = time.perf_counter()
         built.step()
         spent += time.perf_counter() - begin
@@ -96,7 +99,8 @@ def bracketed(losses: Mapping[float, float]) -> bool:
 
 
 def optimizers() -> dict[str, Optimizer]:
-    return {"adamw": AdamW(), "muon": Muon(), "lion": Lion(), "adamw8": AdamW8(), "galore": GaLore()}
+    return {"adamw": AdamW(), "muon": Muon(), "lion": Lion(), "adamw8": AdamW8(), "galore": GaLore(),
+            "schedule_free": AdamWScheduleFree(beta1=0.95)}  # fmt: skip
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def run(arms: Sequence[Arm], data: dict[str, Any], options: argparse.Namespace, 
     """The curves of all arms, for every seed."""
     seconds, machine = 60 * options.minutes, Machine(options.threads, options.cpu_time, options.precision)
     with tempfile.TemporaryDirectory() as folder:
-        speed = speeds(arms, data, Path(folder), min(PROBE_SECONDS, seconds / 15), machine)
+        speed = speeds(arms, data, Path(folder), min(PROBE_SECONDS, max(seconds / 15, min(6.0, seconds / 5))), machine)
         updates = planned(arms, speed, seconds, equal=equal)
         print("  " + ", ".join(f"{name}: {count} updates" for name, count in updates.items()), flush=True)
         curves = []
@@ -153,24 +153,27 @@ def parse_arm(text: str, corpus: str) -> Arm:
 def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
     """The curves of the figure ``time``: loss over seconds of training, every seed."""
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from accel_pretrain.curves import RUN_COLOURS
+    from accel_pretrain.plot import FAINT, STYLE
 
     figures = [own for own in found if own["figure"] == "time"]
-    _, axes = plt.subplots(1, max(1, len(figures)), figsize=(6 * max(1, len(figures)), 4), squeeze=False)
-    for axis, own in zip(axes[0], figures, strict=False):
-        for seed, curves in enumerate(own["curves"]):
-            for number, (name, curve) in enumerate(curves.items()):
-                xs, ys = ([point[key] for point in curve] for key in ("seconds", "loss"))
-                axis.plot(xs, ys, color=f"C{number}", alpha=0.8, label=name if seed == 0 else None)
-        target = own["rows"]["baseline"]["loss"][0]
-        axis.axhline(target, color="grey", linewidth=0.8, linestyle="--")
-        axis.set(title=own["corpus"], xlabel="seconds of training", ylabel="nats per token, held out")
-        axis.set_ylim(None, target + 1.0)
-        axis.legend()
-    plt.tight_layout()
-    plt.savefig(path, dpi=120)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6 * max(1, len(figures)), 4), facecolor="white", layout="constrained")
+        axes = figure.subplots(1, max(1, len(figures)), squeeze=False)
+        for axis, own in zip(axes[0], figures, strict=False):
+            for seed, curves in enumerate(own["curves"]):
+                for (name, curve), color in zip(curves.items(), RUN_COLOURS, strict=False):
+                    xs, ys = ([point[key] for point in curve] for key in ("seconds", "loss"))
+                    axis.plot(xs, ys, color=color, linewidth=1.2, alpha=0.8, label=name if seed == 0 else None)
+            target = own["rows"]["baseline"]["loss"][0]
+            axis.axhline(target, color=FAINT, linewidth=0.8, linestyle="--")
+            axis.set_title(f"{own['corpus']}: held-out loss (nats per token)", loc="left", fontsize=11)
+            axis.set_xlabel("seconds of training")
+            axis.set_ylim(None, target + 1.0)
+            axis.legend()
+        figure.savefig(path, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -43,8 +43,8 @@ RECIPE_CHANGES: dict[str, dict[str, Any]] = {
     "code": {"model.tie_embeddings": True, "model.value_embeddings": False, "model.logit_softcap": None},
     "text": {},
 }
-ADAMW_RATES = (2.5e-4, 5e-4, 1e-3)  # of matrices, for Muon's rival on the recipe's model
-ADAMW_BEST = 5e-4
+ADAMW_RATES = (5e-4, 1e-3, 2e-3)  # of matrices, for Muon's rival on the recipe's model
+ADAMW_BEST = 1e-3
 GRID = (1.25e-3, 2.5e-3, 5e-3, 1e-2)  # learning rates of the baseline
 
 

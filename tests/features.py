@@ -301,7 +301,7 @@ DIRECTORY: Table = {
     # Configurations
     "124M, 355M, 774M, 1558M": "config::shapes_have_the_published_sizes",
     "num_epochs, max_grad_norm and other names": "typed_yaml::other_names_of_a_key_stand_alone typed_yaml::flat_json_config",
-    "Flash Attention, compile: speedups": "README: 1.64x / 1.41x",
+    "Flash Attention, compile: speedups": "README: tokens per second, eager / compiled: against nanoGPT",
     "DDP: linear scaling with multiple GPUs": "launch::the_benchmark_of_scaling_runs",
     # Datasets and figures
     "Project Gutenberg": "prep_clean::the_frame_goes_and_the_book_stays",

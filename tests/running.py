@@ -107,6 +107,17 @@ def run_processes(arguments: Sequence[str], processes: int = 1, timeout: float =
     )
 
 
+def begun_by_two(run_train: Train, folder: Path, plan: Sequence[str], strategy: str) -> list[float]:
+    """The losses of ten updates: three and three by two processes with a ``strategy``, the rest by one that goes on."""
+    words = [*TINY, *plan, "--batch_size", "2", "--strategy", strategy, "--checkpoint_dir", str(folder)]
+    for updates in ("3", "6"):
+        done = run_processes([*words, "--max_iters", updates], processes=2)
+        assert done.returncode == 0, done.stderr
+        assert "Processes: 2" in done.stdout
+    assert run_train(folder, *plan, "--max_iters", "10") == 0
+    return losses(folder)
+
+
 def rows(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

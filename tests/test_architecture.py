@@ -26,6 +26,7 @@ LEVELS = (
         "rules",
         "muon",
         "frugal",
+        "schedule_free",
         "data",
         "estimates",
         "peaks",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel_pretrain.loss import IGNORE
 from accel_pretrain.models import ModelConfig, Transformer, cpu_attention, cpu_loss
@@ -299,6 +301,80 @@ def test_models_have_the_same_loss_and_gradients(config: ModelConfig, dtype: tor
         exact = loss_and_grads(model, torch.float32, ids_BS)
         assert error(quick[1:], exact[1:]) <= 1.1 * error(plain[1:], exact[1:])
         assert error(quick[1:], plain[1:]) > 0
+
+
+class _Sums(TorchDispatchMode):
+    """Counts sums of two matrices of this shape into a third."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.add.Tensor and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_gradient_of_a_tied_embedding_is_added_in_place(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_loss, "PAYS_FROM", 1)
+    torch.manual_seed(0)
+    model = Transformer(MODELS["gpt2"], 300)
+    ids_BS = torch.randint(300, (2, 33), generator=torch.Generator().manual_seed(1))
+
+    def sums_and_gradient(times: int = 1) -> tuple[int, torch.Tensor]:
+        model.zero_grad()
+        with _Sums((300, 64)) as sums:
+            nats_B = model(ids_BS[:, :-1], ids_BS[:, 1:])
+            for _ in range(times):
+                nats_B.sum().backward(retain_graph=True)
+        assert model.embed_tokens.weight.grad is not None
+        return sums.count, model.embed_tokens.weight.grad
+
+    count, once = sums_and_gradient()
+    assert count == 0
+    _, twice = sums_and_gradient(times=2)
+    assert error([twice], [2 * once]) < 1e-6
+
+    def apart(self: cpu_loss.HandedOn, tokens_BT: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        self.matrix_VD = weight_VD
+        return F.embedding(tokens_BT, weight_VD)
+
+    monkeypatch.setattr(cpu_loss.HandedOn, "embed", apart)  # control
+    count, by_engine = sums_and_gradient()
+    assert count == 1
+    assert error([once], [by_engine]) < 1e-6
+
+
+def test_a_tied_embedding_has_all_of_its_gradient_whatever_else_it_is_in(monkeypatch: pytest.MonkeyPatch):
+    """Two losses at once, a penalty on the weight, and a backward pass that stops at the embedding's output and goes on."""
+    torch.manual_seed(0)
+    model = Transformer(MODELS["gpt2"], 300)
+    weight = model.embed_tokens.weight
+    first_BS, second_BS = torch.randint(300, (2, 2, 33), generator=torch.Generator().manual_seed(1))
+    embedded: list[torch.Tensor] = []
+    model.embed_tokens.register_forward_hook(lambda *call: embedded.append(call[2]))
+
+    def loss(ids_BS: torch.Tensor) -> torch.Tensor:
+        return model(ids_BS[:, :-1], ids_BS[:, 1:]).sum()
+
+    def in_two_steps() -> torch.Tensor:
+        total = loss(first_BS)
+        (x_grad_BTD,) = torch.autograd.grad(total, [embedded[-1]], retain_graph=True)
+        return torch.autograd.grad(embedded[-1], [weight], x_grad_BTD)[0]
+
+    def gradients() -> list[torch.Tensor]:
+        together = (
+            loss(first_BS) + loss(second_BS),
+            loss(first_BS) + 10 * weight.square().sum(),
+            model(first_BS).square().sum(),
+        )
+        return [*(torch.autograd.grad(own, [weight])[0] for own in together), in_two_steps()]
+
+    monkeypatch.setattr(cpu_loss, "PAYS_FROM", 1)
+    found = gradients()
+    monkeypatch.setattr(cpu_loss, "PAYS_FROM", 10**12)
+    for one, plain in zip(found, gradients(), strict=True):
+        assert error([one], [plain]) < 1e-6
 
 
 @pytest.mark.parametrize("softcap", [3.0, pytest.param(None, marks=pytest.mark.slow)])

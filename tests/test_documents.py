@@ -13,14 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
-from accel_pretrain import evaluate
+from accel_pretrain import evaluate, lr_find
+from accel_pretrain.checkpoint import TrainState
 from accel_pretrain.data import TokenBatches, Windows
 from accel_pretrain.errors import DataError
+from accel_pretrain.loop import Update, train_step
 from accel_pretrain.mixture import open_data
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.models import documents as documents_of_models
 from accel_pretrain.models.attention import View, attend
 from accel_pretrain.packing import packed_begins
+from accel_pretrain.run import TrainingRun
 from accel_pretrain.shards import Manifest, ShardWriter, open_split, write_manifest
 from accel_pretrain.tokenizer import ByteTokenizer
 from tests.running import Train, losses, newest, rows, stdlib_text
@@ -188,6 +191,25 @@ def test_no_gradient_crosses_a_document(begin_id: int | None):
     later = model(tokens_BT)[0, 8:].logsumexp(-1).sum()
     reached = torch.autograd.grad(later, embedded[0])[0][0].abs().sum(dim=1) > 0
     assert reached.tolist() == [begin_id is None] * 8 + [True] * 8
+
+
+def test_a_range_test_reads_what_the_run_reads(
+    documents: Path, run_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begins: dict[str, list[int]] = {"bos": [], "windows": []}
+
+    def watched(run: TrainingRun, state: TrainState) -> Update | None:
+        micro_batches = run.batches.micro_batches(state.samples)
+        begins[run.config.data.packing] += torch.cat([batch.ids_BS[:, 0] for batch in micro_batches]).tolist()
+        return train_step(run, state)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lr_find, "train_step", watched)
+    for packing in begins:
+        words = ("--context_length", "128", "--packing", packing)
+        assert run_train(tmp_path / "run", "--lr_find", *words, data=documents) == 0
+    share = {packing: np.mean(np.array(ids) == ByteTokenizer().eot_id) for packing, ids in begins.items()}
+    assert share["bos"] > 0.1 > share["windows"]
 
 
 def test_a_run_with_both_trains_evaluates_and_goes_on(

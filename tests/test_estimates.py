@@ -28,11 +28,11 @@ from accel_pretrain.estimates import (
 )
 from accel_pretrain.hardware import HARDWARE, Machine, free_disk, free_memory, here
 from accel_pretrain.models import ModelConfig, Transformer, cpu_loss, head_loss
-from accel_pretrain.optim import SGD, AdamW, AdamW8, GaLore, Lion, Muon, Optimizer, kept_per_weight
+from accel_pretrain.optim import SGD, AdamW, AdamW8, AdamWScheduleFree, GaLore, Lion, Muon, Optimizer, kept_per_weight
 from accel_pretrain.outlook import critical_batch, first_loss
 from accel_pretrain.peaks import peak_of
 from accel_pretrain.probe import probe
-from accel_pretrain.rules import settle_in
+from accel_pretrain.rules import ByRules, begin_update, settle_in
 from accel_pretrain.typed_yaml import load
 from accel_pretrain.update_costs import newton_schulz_flops, with_update
 from tests.running import REPO
@@ -175,6 +175,7 @@ def peak_of_allocator(load: Workload, kind: Optimizer | None = None) -> int:
     batch = torch.randint(load.vocab_size, (load.batch_size, load.model.context_length + 1))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(2):
+            begin_update(optimizer, ready=lambda: None)
             for _ in range(load.accumulation):
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=load.precision == "bf16"):
                     nats_B = module(batch[:, :-1], batch[:, 1:])
@@ -242,7 +243,9 @@ def test_the_peak_of_muons_update(monkeypatch: pytest.MonkeyPatch, model: ModelC
     assert less == pytest.approx(memory(with_update(plain, Muon())).total, rel=0.01)
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(), Lion(), AdamW8(), GaLore(projection_rank=8)], ids=lambda own: own.name)
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(), Lion(), AdamW8(), GaLore(projection_rank=8), AdamWScheduleFree()], ids=lambda own: own.name
+)
 def test_what_other_updates_need(optimizer: Optimizer):
     model = dataclasses.replace(DEEP, d_model=512, d_ff=512, num_layers=1)
     load = with_update(Workload(model=model, vocab_size=VOCAB, batch_size=1), optimizer)
@@ -254,6 +257,21 @@ def test_what_other_updates_need(optimizer: Optimizer):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         built.step()
     assert most_allocated(profiler) == pytest.approx(load.update_bytes, rel=0.05, abs=100)
+    if isinstance(optimizer, Lion | AdamWScheduleFree):  # as the guard has it on a GPU
+        assert isinstance(built, ByRules)
+        built.found_inf = torch.zeros(())
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            built.step()
+        there = with_update(dataclasses.replace(load, device="cuda"), optimizer)
+        assert most_allocated(profiler) == pytest.approx(there.update_bytes, rel=0.05, abs=100)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_the_peak_beside_weights_that_are_set_aside(batch_size: int):
+    plain = Workload(model=DEEP, vocab_size=VOCAB, batch_size=batch_size)
+    load = with_update(plain, AdamWScheduleFree())
+    assert peak_of_allocator(load, AdamWScheduleFree()) == pytest.approx(memory(load).total, rel=0.02)
+    assert memory(load).total > 1.1 * memory(plain).total  # control
 
 
 def test_newton_schulz_is_what_torch_counts():

@@ -13,8 +13,19 @@ from torch import nn
 from accel_pretrain import frugal
 from accel_pretrain.frugal import BLOCK, decode, encode
 from accel_pretrain.models import ModelConfig, Transformer
-from accel_pretrain.optim import AdamW, AdamW8, GaLore, Lion, Muon, Optimizer, describe_groups, kept_per_weight, problems
-from tests.running import TINY, Train, assert_same_bits, losses, newest, run_processes
+from accel_pretrain.optim import (
+    AdamW,
+    AdamW8,
+    AdamWScheduleFree,
+    GaLore,
+    Lion,
+    Muon,
+    Optimizer,
+    describe_groups,
+    kept_per_weight,
+    problems,
+)
+from tests.running import Train, assert_same_bits, begun_by_two, losses, newest
 
 MODERN = ModelConfig(
     context_length=8, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=128, qk_norm=True, value_embeddings=True
@@ -23,7 +34,7 @@ GPT2 = ModelConfig(
     context_length=8, d_model=64, num_layers=2, num_heads=4, d_ff=None, norm="layernorm", activation="gelu_tanh",
     position="learned", bias=True, tie_embeddings=True,
 )  # fmt: skip
-EVERY = (AdamW(), Muon(), Lion(), AdamW8(), GaLore(projection_rank=16))
+EVERY = (AdamW(), Muon(), Lion(), AdamW8(), GaLore(projection_rank=16), AdamWScheduleFree())
 
 
 class One(nn.Module):
@@ -243,13 +254,6 @@ def test_two_processes_make_the_updates_of_one(run_train: Train, dataset: Path, 
     assert run_train(tmp_path / "one", *plan, "--max_iters", "10") == 0
     one = losses(tmp_path / "one")
     for strategy in ("ddp", "fsdp2"):
-        own = tmp_path / strategy
-        words = [*TINY, *plan, "--batch_size", "2", "--strategy", strategy, "--checkpoint_dir", str(own)]
-        for updates in ("3", "6"):
-            done = run_processes([*words, "--max_iters", updates], processes=2)
-            assert done.returncode == 0, done.stderr
-            assert "Processes: 2" in done.stdout
-        assert run_train(own, *plan, "--max_iters", "10") == 0
-        np.testing.assert_allclose(losses(own), one, rtol=1e-4)
+        np.testing.assert_allclose(begun_by_two(run_train, tmp_path / strategy, plan, strategy), one, rtol=1e-4)
     assert run_train(tmp_path / "other", *plan, "--max_iters", "10", "--lr", "5e-4") == 0
     assert max(abs(math.log(a / b)) for a, b in zip(losses(tmp_path / "other"), one, strict=True)) > 1e-3  # control

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -251,7 +252,9 @@ def test_a_plan_reads_no_more_than_its_time_allows(prep: Prep, tmp_path: Path, m
     texts = stories(60_000)
     path = tmp_path / "in.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode(), 1))
-    monkeypatch.setattr(estimate, "_PROBE_SECONDS", 0.05)
+    clock = itertools.count()  # one second per document, on any machine
+    monkeypatch.setattr(estimate.time, "process_time", lambda: float(next(clock)))
+    monkeypatch.setattr(estimate, "_PROBE_SECONDS", len(texts) / 4)
     read = list[int]()
     update = estimate._Read.update
     monkeypatch.setattr(estimate._Read, "update", lambda self, data: (read.append(len(data)), update(self, data))[1])

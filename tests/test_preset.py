@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from accel_pretrain import plan, train, tune
+from accel_pretrain import doctor, plan, sweep, train, tune
 from accel_pretrain.config import RunConfig, Splits
 from accel_pretrain.hardware import Machine
 from accel_pretrain.lint import findings
@@ -168,7 +168,20 @@ def test_evaluations_follow_the_interval_and_the_end_that_a_person_says():
     assert short.eval_interval == 200
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adamw8", "galore"])
+def test_weights_are_averaged_at_a_rate_that_stays():
+    config = dialled("--preset depth=2 --vocab_size 257 --optimizer.name schedule_free")
+    assert (config.schedule.name, dialled("--preset depth=2 --vocab_size 257").schedule.name) == ("constant", "linear")
+    assert config.optimizer.lr == dialled("--preset depth=2 --vocab_size 257").optimizer.lr
+    own = dialled("--preset depth=2 --vocab_size 257 --optimizer.name schedule_free --schedule.name wsd")
+    assert own.schedule.name == "wsd"
+
+
+def test_a_rate_that_is_not_the_dials_goes_with_mup():
+    assert dialled("--preset depth=2 --vocab_size 257 --optimizer.name lion --mup_base_width 64").model.mup_base_width == 64
+    assert dialled("--preset depth=2 --vocab_size 257 --mup_base_width 64 --lr 0.01").optimizer.lr == 0.01
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adamw8", "galore", "schedule_free"])
 def test_another_optimizer_is_a_word_away(name: str):
     config = dialled(f"--preset depth=2 --vocab_size 257 --optimizer.name {name}")
     own = load(RunConfig, None, parse_command_line(RunConfig, ["--optimizer.name", name]).overrides).optimizer.lr
@@ -193,10 +206,11 @@ def test_another_schedule_is_a_word_away(name: str):
         ("--preset=fast", "--preset fast: no such preset; there is depth=N"),
         ("--preset", "--preset: a value must follow"),
         ("--preset depth=2", "type --train_data_path DIR (made by prep.tokenize), or --vocab_size N"),
+        ("--preset depth=2 --vocab_size 257 --mup_base_width 64", "type --lr RATE, the best one at width 64, or"),
         ("--preset depth=2 --vocab_size 257 --lr fast", "optimizer.lr: expected a number"),
     ],
 )
-@pytest.mark.parametrize("program", [train, plan, tune])
+@pytest.mark.parametrize("program", [train, plan, tune, sweep, doctor])
 def test_what_is_no_preset_is_one_line(program: Any, words: str, said: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         program.main(words.split())
@@ -229,7 +243,7 @@ def test_a_small_run_of_the_dial_trains(tmp_path: Path, dataset: Path, capsys: p
     assert train.main([*words, "--checkpoint_dir", str(run)]) == 0
     said = capsys.readouterr().out
     assert said.count("Preset depth=1: 1 layer of width 64, 1 head, context 128; 65,600 parameters") == 1
-    assert "a length of your own; 1,024 tokens per update" in said
+    assert "2 updates; 1,024 tokens per update" in said
     rows = [row for row in read_metrics(run / METRICS_FILE) if "train/loss" in row]
     assert [row["step"] for row in rows] == [1, 2]
     recorded = load(RunConfig, run / "config.yaml")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from accel_pretrain import lock, space, sweep
+from accel_pretrain import lock, space, sweep, train
 from accel_pretrain.agent import own_directory, wishes
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import ConfigError
@@ -95,7 +95,7 @@ def swept(dataset: Path, folder: Path, *more: str) -> list[str]:
 
 def made(dataset: Path, folder: Path, *more: str) -> sweep.Sweep:
     words, parameters = sweep.split_parameters(swept(dataset, folder, *more))
-    return sweep.make_sweep(parse_command_line(sweep.SweptRun, words), parameters)
+    return sweep.make_sweep(parse_command_line(sweep.SweptRun, words, presets=True), parameters)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -135,6 +135,30 @@ def test_a_trial_gets_what_was_typed_unless_that_very_key_is_swept(dataset: Path
     base = made(dataset, tmp_path, *typed, "--param", "norm=rmsnorm,layernorm").base
     assert "--model.norm_eps=1e-3" in base
     assert [word for word in base if word.startswith(("--model.norm=", "--sweep.", "--checkpoint.checkpoint_dir="))] == []
+
+
+def test_a_preset_lies_beneath_every_trial(dataset: Path, tmp_path: Path):
+    """What the trainer makes of a trial's words is what the sweep has checked, but for what is swept."""
+    own = ["--preset", "depth=2", "--train_data_path", str(dataset), "--checkpoint_dir", str(tmp_path)]
+    words, parameters = sweep.split_parameters([*own, "--param", "lr=1e-3..1e-1:log"])
+    found = sweep.make_sweep(parse_command_line(sweep.SweptRun, words, presets=True), parameters)
+    trial = train.load_config(parse_command_line(RunConfig, [*found.base, "--lr", "0.5"], presets=True))
+    assert (trial.model.num_layers, trial.optimizer.name, trial.optimizer.lr) == (2, "muon", 0.5)
+    assert found.settings["model.d_model"] == trial.model.d_model == 128
+    assert found.anew == []
+    words, parameters = sweep.split_parameters([*own, "--mup_base_width", "64", "--param", "lr=1e-3,1e-2"])
+    assert sweep.make_sweep(parse_command_line(sweep.SweptRun, words, presets=True), parameters).anew == []
+
+
+def test_what_a_preset_chooses_for_each_trial_is_said(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    own = ["--preset", "depth=1", "--train_data_path", str(dataset), "--checkpoint_dir", str(tmp_path), "--max_iters", "1"]
+    own += ["--device", "cpu", "--cpu_threads", "1", "--eval_iters", "1", "--param", "global_batch_size=4,8", "--trials", "1"]
+    assert sweep.main(own) == 0
+    [notice] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Notice: --preset depth=1 chooses")]
+    assert "optimizer.lr" in notice
+    question = rows_of(tmp_path)[0]
+    assert "optimizer.lr" not in question["settings"]
+    assert question["settings"]["model.num_layers"] == 1
 
 
 def test_a_trial_whose_folder_is_in_use_ends_the_sweep(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

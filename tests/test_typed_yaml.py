@@ -392,9 +392,9 @@ def test_union_takes_the_keys_of_the_chosen_member_only(tmp_path: Path):
     assert from_argv("--optimizer.name", "SGD").optimizer == SGD()  # as every other choice, in any case
     assert message(from_argv, "--nesterov", "true") == "optimizer.nesterov: optimizer.name adamw has no such key (sgd has)"
     path = written(tmp_path, "optimizer: {name: adamw, beta1: 0.8}")
-    refused = "optimizer.beta1: optimizer.name sgd has no such key (adamw, muon, lion, adamw8, galore has)"
+    refused = "optimizer.beta1: optimizer.name sgd has no such key (adamw, muon, lion, adamw8, galore, schedule_free has)"
     assert message(from_argv, "--config", str(path), "--optimizer.name=sgd") == refused
-    names = "adamw | sgd | muon | lion | adamw8 | galore"
+    names = "adamw | sgd | muon | lion | adamw8 | galore | schedule_free"
     assert message(from_argv, "--optimizer.name", "adam") == f"optimizer.name: expected {names}, got 'adam'"
     owners = "schedule.min_lr: schedule.name constant has no such key (cosine, linear, wsd has)"
     assert message(from_argv, "--schedule.name", "constant", "--min_lr", "0") == owners

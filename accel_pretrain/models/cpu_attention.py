@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-_CACHE_BYTES = 1 << 20  # of scores at a time
+_CACHE_BYTES = 1 << 22  # of scores at a time
 
 
 def fits(q_BHTE: torch.Tensor, k_BGSE: torch.Tensor, v_BGSE: torch.Tensor) -> bool:

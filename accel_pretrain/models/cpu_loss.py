@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +17,50 @@ LOGIT_BYTES = 1 << 27  # of logits at a time, in the dtype of the products
 SMALLEST_CHUNK = 1 << 24
 CACHE_BYTES = 1 << 22  # of logits, and of the weight's gradient, at a time in float32
 PAYS_FROM = 1 << 18  # logits in all: below, the calls cost more than the memory
+PRODUCT_ROWS = 512  # of a chunk at a time: oneDNN leaves one of two threads idle in bf16 products of 640 to 1300 rows
 
 
-def fits(x_BTD: torch.Tensor, vocab_size: int) -> bool:
-    """Whether :func:`head_loss` pays: on a CPU, in float32 or, under autocast, bfloat16."""
-    known = x_BTD.device.type == "cpu" and _dtype_of_products(x_BTD) in (torch.float32, torch.bfloat16)
-    return known and x_BTD[..., 0].numel() * vocab_size >= PAYS_FROM
+class HandedOn:
+    """A matrix that is embedding and output matrix, as the embedding hands it on to the loss.
+
+    So the gradient of the loss comes to the embedding first, which adds those of the few rows that it has seen in place. Two
+    separate gradients the engine would add up, in a third V x D.
+    """
+
+    matrix_VD: torch.Tensor
+
+    def embed(self, tokens_BT: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        """``F.embedding``; the loss is to take ``matrix_VD`` from here."""
+        x_BTD, self.matrix_VD = _Embedding.apply(weight_VD, tokens_BT)  # type: ignore[misc]
+        return x_BTD
+
+
+class _Embedding(torch.autograd.Function):
+    """Vectors of the tokens, and the matrix again; it must go to one reader alone, which gives its gradient away."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: torch.Tensor, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(tokens_BT)
+        ctx.vocab_size = len(weight_VD)
+        return F.embedding(tokens_BT, weight_VD), weight_VD.view_as(weight_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (x_grad_BTD, weight_grad_VD), (tokens_BT,) = grads, ctx.saved_tensors
+        if x_grad_BTD is None:
+            return weight_grad_VD, None
+        if weight_grad_VD is None:
+            return torch.ops.aten.embedding_dense_backward(x_grad_BTD, tokens_BT, ctx.vocab_size, -1, False), None
+        weight_grad_VD.index_add_(0, tokens_BT.flatten(), x_grad_BTD.flatten(0, 1).to(weight_grad_VD.dtype))
+        return weight_grad_VD, None
+
+
+def fits(tokens_BT: torch.Tensor, weight_VD: torch.Tensor) -> bool:
+    """Whether :func:`head_loss` pays for so many tokens: on a CPU, in float32 or, under autocast, bfloat16."""
+    known = tokens_BT.device.type == "cpu" and _dtype_of_products(weight_VD) in (torch.float32, torch.bfloat16)
+    return known and tokens_BT.numel() * len(weight_VD) >= PAYS_FROM
 
 
 def head_loss(
@@ -97,7 +136,8 @@ def _chunked(
         nats_N[part] = _loss(logits_NV, targets_N[part], softcap, with_gradients, counts, compiled)
         if gradients is None:
             continue
-        torch.mm(logits_NV, lowered_VD, out=gradients[0][part])
+        for some in _pieces(len(logits_NV), _even(len(logits_NV), PRODUCT_ROWS)):
+            torch.mm(logits_NV[some], lowered_VD, out=gradients[0][part][some])
         for column in columns:
             product = torch.mm(logits_NV[:, column].t(), x_ND[part], out=product_VD[: column.stop - column.start])
             gradients[1][column].add_(product) if part.start else gradients[1][column].copy_(product)
@@ -108,8 +148,12 @@ def _chunked(
 def chunk_rows(tokens: int, vocab_size: int, width: int, itemsize: int) -> int:
     """For how many tokens at a time logits are computed: chunks as equal as can be."""
     most = min(LOGIT_BYTES, max(SMALLEST_CHUNK, 4 * vocab_size * width))
-    chunks = -(-tokens * vocab_size * itemsize // most)
-    return -(-tokens // chunks)
+    return _even(tokens, most / (vocab_size * itemsize))
+
+
+def _even(count: int, most: float) -> int:
+    """The size of pieces as equal as can be, of ``most`` at most."""
+    return math.ceil(count / math.ceil(count / most))
 
 
 def _pieces(count: int, size: int) -> list[slice]:

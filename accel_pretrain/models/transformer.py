@@ -32,16 +32,10 @@ from accel_pretrain.models.rope import rope_table
 
 
 class TokenEmbedding(nn.Embedding):
-    """A vector for each token. One that is tied to the output matrix has a sparse gradient on a CPU, which is added to the
-    output matrix's own: else a second V x D would be filled and added up.
-    """
+    """A vector for each token. One that is tied to the output matrix may be ``handed`` on to the loss."""
 
-    def __init__(self, vocab_size: int, width: int, *, tied: bool) -> None:
-        super().__init__(vocab_size, width)
-        self.tied = tied
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.embedding(input, self.weight, sparse=self.tied and input.device.type == "cpu")
+    def forward(self, input: torch.Tensor, handed: cpu_loss.HandedOn | None = None) -> torch.Tensor:
+        return super().forward(input) if handed is None else handed.embed(input, self.weight)
 
 
 class FeedForward(nn.Module):
@@ -118,7 +112,7 @@ class Transformer(nn.Module):
         self.config, self.vocab_size, self.compiled = config, vocab_size, False
         self.chunked_loss = False  # see head_loss
         self.document_id: int | None = None  # the id with which a document begins, where tokens see only their own
-        self.embed_tokens = TokenEmbedding(vocab_size, config.d_model, tied=config.tie_embeddings)
+        self.embed_tokens = TokenEmbedding(vocab_size, config.d_model)
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.context_length, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
@@ -201,7 +195,9 @@ class Transformer(nn.Module):
         config = self.config
         packed = cache is None and self.document_id is not None
         positions, views = self._look_within(tokens_BT) if packed else self._look(tokens_BT, cache)
-        x_BTD = self.embed_tokens(tokens_BT)
+        in_chunks = targets_BT is not None and cpu_loss.fits(tokens_BT, self.output_matrix)
+        handed = cpu_loss.HandedOn() if in_chunks and config.tie_embeddings else None
+        x_BTD = self.embed_tokens(tokens_BT) if handed is None else self.embed_tokens(tokens_BT, handed)
         if config.scale_embeddings:
             x_BTD = x_BTD * math.sqrt(config.d_model)
         if config.position == "learned":
@@ -216,8 +212,9 @@ class Transformer(nn.Module):
         x_BTD = for_products(self.norm(x_BTD))
         if targets_BT is None:
             return self._logits(x_BTD)
-        if cpu_loss.fits(x_BTD, self.vocab_size):
-            return cpu_loss.head_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap, compiled=self.compiled)
+        if in_chunks:
+            matrix_VD = self.output_matrix if handed is None else handed.matrix_VD
+            return cpu_loss.head_loss(x_BTD, matrix_VD, targets_BT, config.logit_softcap, compiled=self.compiled)
         if self.chunked_loss and torch.is_grad_enabled():
             return head_loss.chunked_loss(x_BTD, self.output_matrix, targets_BT, config.logit_softcap)
         if self.compiled and x_BTD.device.type != "cpu":
