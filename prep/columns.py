@@ -267,8 +267,10 @@ def arrow_problem(path: str, column: str) -> str | BrokenFile | None:
 
 @functools.lru_cache(maxsize=1)
 def _parquet(path: str) -> Any:
-    # No read-ahead of whole row groups and no second thread: a worker holds a page, not a gigabyte.
-    return pyarrow_for(path).parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+    # No read-ahead of whole row groups and no second thread: a worker holds a page, not a gigabyte. A page that has a checksum
+    # is held against it: snappy unpacks many a damaged one to another text.
+    reader = pyarrow_for(path).parquet.ParquetFile
+    return reader(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
 
 
 @functools.lru_cache(maxsize=1)
