@@ -83,7 +83,7 @@ def validation(o: Outlook, val: TokenSplit) -> Findings:
 def evaluation_cost(o: Outlook) -> Findings:
     """Time in evaluations."""
     share = o.eval_share
-    if share is not None and share > 0.2 and o.plan.max_iters > o.config.evaluation.eval_interval and o.flops > WORTH_PLANNING:
+    if share is not None and share > 0.1 and o.plan.max_iters > o.config.evaluation.eval_interval and o.flops > WORTH_PLANNING:
         interval = o.config.evaluation.eval_interval
         text = f"evaluation: every {interval} updates it takes {share:.0%} of their time"
         yield Finding("eval_costly", text, f"type --eval_interval {round(interval * share / 0.05)}")

@@ -34,7 +34,7 @@ where 1024 tokens per update end at 1.62. Who has many devices types a ``--globa
 ``mup_base_width`` neither: it knows width, but depth and length change with the dial, too.
 
 **Decay** of weights 0.1 (Liu et al. 2025, "Muon is scalable"). **Schedule**: linear to 0 (Bergsma et al. 2025, "Straight to
-zero"), after a warm-up of 2 %. Ten evaluations, of so many windows that they take about a twentieth of the time.
+zero"), after a warm-up of 2 %. Ten evaluations, of so many windows that they take about a sixtieth of the time.
 
 What was said elsewhere counts: the parameters are those of the shape in force, ``max_tokens`` is D for batch and rate
 (``max_iters`` and ``epochs`` only end a run), and the rate is that of the batch in force. An optimizer to which the rate does
@@ -137,13 +137,13 @@ def best_rate(count: int, width: int, tokens: float, batch: float) -> float:
 
 
 def evaluations(updates: int, sequences: int, windows: int, interval: int | None = None) -> tuple[int, int]:
-    """Updates from one to the next of about ten, and batches of so many ``windows`` in each: 3/40 of what is trained between.
+    """Updates from one to the next of about ten, and batches of so many ``windows`` in each: 1/40 of what is trained between.
 
     ``interval`` is what a person has said of the first.
-    Both splits are read, for a third of an update's operations: a twentieth of the time. Never below four batches.
+    Both splits are read, for a third of an update's operations: 1/60 of the time. Never less than 128 windows.
     """
     interval = interval or min(5000, max(100, updates // 10))
-    return interval, min(100, max(4, round(3 / 40 * interval * sequences / windows)))
+    return interval, math.ceil(min(6400, max(128, interval * sequences / 40)) / windows)
 
 
 # ---------------------------------------------------------------------------------------------------------- put together

@@ -20,12 +20,15 @@ from accel_pretrain.typed_yaml import option
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How often to measure the loss without training on it, and on how much."""
+    """How often to measure the loss without training on it, and on how much.
+
+    An evaluation reads both splits at a third of an update's operations: the defaults take 1.7 % of the time of updates of 64.
+    """
 
     eval_interval: int = option(500, "updates between evaluations")
     eval_iters: int | None = option(100, "batches of eval_batch_size windows per evaluation; null: the whole val split")
     eval_batch_size: int = option(
-        64, "windows that eval_iters counts as one batch: what is measured does not depend on the machine"
+        8, "windows that eval_iters counts as one batch: what is measured does not depend on the machine"
     )
 
     def __post_init__(self) -> None:

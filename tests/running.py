@@ -40,7 +40,7 @@ TINY = [
     "--eval_interval",
     "1000",
     "--eval_iters",
-    "2",
+    "16",
     "--device",
     "cpu",
     "--cpu_threads",

@@ -109,7 +109,7 @@ MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
     ("vocab_unused", "--epochs 1 --vocab_size 50304", {"train": TRAIN}),
     ("context_long", "--epochs 1 --context_length 4096", {"train": split(documents=10**6)}),
     ("val_small", "--epochs 1", {"train": TRAIN, "val": split(2000, print_="val")}),
-    ("eval_costly", f"{BIG} --eval_interval 100", {}),
+    ("eval_costly", f"{BIG} --eval_interval 50", {}),
     ("threads", f"{BIG} --cpu_threads 1000", {"machine": CPU}),
     ("fp16", f"{BIG} --mixed_precision fp16", {"machine": GPU}),
     ("float32", f"{BIG} --mixed_precision no", {"machine": GPU}),

@@ -82,14 +82,14 @@ def test_the_rate_is_near_nanochats_at_its_own_depth_batch_and_vocabulary():
     assert 1 < config.optimizer.lr / nanochats < 1.5
 
 
-def test_evaluations_are_ten_and_take_a_twentieth():
-    interval, batches = evaluations(10_000, 128, 64)
-    assert (interval, batches) == (1000, 100)
-    assert evaluations(769, 8, 64) == (100, 4)
+def test_evaluations_are_ten_and_take_a_sixtieth():
+    assert evaluations(10_000, 128, 8) == (1000, 400)
+    assert evaluations(769, 8, 64) == (100, 2)
+    assert evaluations(10**6, 512, 64) == (5000, 100)
     for depth in (2, 4, 8, 12):
         outlook = look_ahead(dialled(f"--preset depth={depth} --vocab_size 257"), None)
         assert outlook.eval_share is not None
-        assert outlook.eval_share < 0.1
+        assert outlook.eval_share < 0.05
 
 
 # ------------------------------------------------------------------------------------------------------------- who wins
@@ -163,7 +163,7 @@ def test_a_null_says_what_it_says_anywhere(tmp_path: Path):
 
 def test_evaluations_follow_the_interval_and_the_end_that_a_person_says():
     often = dialled("--preset depth=12 --vocab_size 257 --eval_interval 100").evaluation
-    assert (often.eval_interval, often.eval_iters) == (100, 8), "3/40 of 100 updates of 64 windows"
+    assert (often.eval_interval, often.eval_iters) == (100, 20), "1/40 of 100 updates of 64 windows"
     short = dialled("--preset depth=12 --vocab_size 257 --max_iters 2000").evaluation
     assert short.eval_interval == 200
 
