@@ -36,7 +36,7 @@ demo: $(DEMO)
 	$(PY) -m accel_pretrain.plot runs/demo
 
 test: lint
-	$(PY) -m pytest --durations 15
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 test-faults: $(DEV)
 	$(PY) -m pytest -m "faults or controls" tests/faults --durations 15

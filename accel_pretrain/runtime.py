@@ -131,6 +131,9 @@ def build_accelerator(
         # Huge pages for large tensors, where Linux lets one ask for them. PyTorch looks when it makes its first tensor.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         torch.set_num_threads(_threads(training.cpu_threads))
+        # Adam's averages for a token that does not come again end among numbers below 1.2e-38, each of which would cost as
+        # much as twenty others: those count as 0.
+        torch.set_flush_denormal(True)
     else:
         torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)

@@ -5,19 +5,42 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from accel_pretrain import train
+from tests.faults.tally import TALLY, Tally
 from tests.running import TINY, Train, stdlib_text, write_dataset
 
 
 def pytest_configure() -> None:
     """A shell lets what it starts in the background ignore Ctrl+C, and children inherit that: they must not, here."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # threads of one worker would wait for those of the other
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several workers hands its figures on to the process that prints them."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["tally"] = asdict(TALLY)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    TALLY.merge(Tally(**getattr(node, "workeroutput", {}).get("tally", {})))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if TALLY.injected:
+        terminalreporter.section("faults")
+        for line in TALLY.lines():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +60,7 @@ def _fresh_process_state() -> Iterator[None]:
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture

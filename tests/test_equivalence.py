@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.running import TINY, Train, losses, run_processes
+from tests.running import TINY, Train, first_and_slow, losses, run_processes
 
 COMMON = ("--max_iters", "20", "--global_batch_size", "16", "--checkpoint_interval", "1000")
 
@@ -31,7 +31,7 @@ def test_two_processes_give_the_same_losses_even_with_dropout(dataset: Path, tmp
     np.testing.assert_allclose(losses(tmp_path), reference, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("batch_size", ["1", "2", "8", "16"])
+@pytest.mark.parametrize("batch_size", ["1", *first_and_slow(["8", "2", "16"])])
 def test_the_micro_batch_does_not_change_the_losses(run_train: Train, tmp_path: Path, batch_size: str) -> None:
     for run, size in ((tmp_path / "4", "4"), (tmp_path / "other", batch_size)):
         assert run_train(run, *COMMON, "--batch_size", size) == 0

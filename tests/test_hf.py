@@ -25,7 +25,7 @@ from accel_pretrain.models import ModelConfig
 from accel_pretrain.models.rope import rope_table
 from accel_pretrain.publish import publish_weights
 from accel_pretrain.tokenizer import BpeTokenizer, ByteTokenizer, load_tokenizer
-from tests.running import REPO, environment, launch, losses, newest
+from tests.running import REPO, environment, first_and_slow, launch, losses, newest
 from tests.test_hf_parity import SHAPES, family_of
 
 transformers = pytest.importorskip("transformers")
@@ -229,7 +229,7 @@ def test_sharded_export_loads(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------------- the vocabulary
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("shape", first_and_slow(["gpt2", "llama"]))
 def test_padded_vocabulary_keeps_the_logits_and_is_hardly_ever_drawn(shape: str, tmp_path: Path):
     source = hf_folder(tmp_path / "source", shape)
     expected = their_logits(source, tokens())

@@ -23,6 +23,7 @@ import pytest
 from prep.config import PrepConfig
 from prep.sources import find_sources
 from prep.split import TRAIN
+from tests.running import first_and_slow
 from tests.test_prep import ROOT, SKIP, Result, documents_of, manifest_of, prep, ranks, stories, write_jsonl  # noqa: F401
 
 Prep = Callable[..., Result]
@@ -236,7 +237,7 @@ HUGE: dict[str, tuple[bytes, bytes, bytes]] = {  # a beginning, what is repeated
 }
 
 
-@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("name", [*first_and_slow(["letters.txt", "words.txt"]), "one-bad-byte.txt", "line.jsonl"])
 def test_memory_does_not_grow_with_a_line(tmp_path: Path, name: str) -> None:
     begin, repeated, end = HUGE[name]
     path = tmp_path / name

@@ -172,7 +172,7 @@ def test_what_was_done_is_not_done_again(corpus: Path, expected: Path, tmp_path:
     assert process.returncode != 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_an_interrupted_run_says_how_to_go_on(corpus: Path, expected: Path, tmp_path: Path, number: int, code: int) -> None:
     with half_done(corpus, tmp_path / "out") as process:
         workers = workers_of(process.pid)

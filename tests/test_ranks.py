@@ -25,7 +25,7 @@ from tests.processes import (  # noqa: F401
     until,
     updates,
 )
-from tests.running import TINY, Train, assert_same_bits, newest, run_processes
+from tests.running import TINY, Train, assert_same_bits, first_and_slow, newest, run_processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and Linux alone tells of a parent's death")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -60,7 +60,7 @@ def launcher_dies(dataset: Path, run_dir: Path, launcher: str) -> None:
     assert status(run_dir)["reason"] == "the launcher has died"
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun 2"])
+@pytest.mark.parametrize("launcher", first_and_slow(["accelerate", "torchrun 2"]))
 def test_ranks_save_and_leave_when_their_launcher_is_killed(dataset: Path, tmp_path: Path, launcher: str) -> None:
     launcher_dies(dataset, tmp_path / "run", launcher)
 

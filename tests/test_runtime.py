@@ -273,3 +273,41 @@ def test_a_run_goes_on_where_nobody_knows_a_home(dataset: Path, tmp_path: Path) 
     assert "MFU: n/a" not in done.stdout  # measured, and kept nowhere
     assert len(losses(tmp_path / "run")) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # no folder with the name of a tilde
+
+
+MOMENTS_LEFT = """
+import sys, torch
+from accel_pretrain import train
+if sys.argv[1:]:
+    train.main(sys.argv[1:])
+torch.set_num_threads(2)
+parameter = torch.nn.Parameter(torch.ones(200_000))  # so many that both threads take part
+parameter.grad = torch.zeros_like(parameter)
+optimizer = torch.optim.AdamW([parameter], fused=True)
+optimizer.step()
+average = optimizer.state[parameter]["exp_avg"].fill_(1e-37)
+for _ in range(300):
+    optimizer.step()
+print("left", int(average.view(torch.int32).count_nonzero()))
+"""
+
+
+def test_numbers_that_would_slow_a_processor_down_count_as_zero(dataset: Path, tmp_path: Path) -> None:
+    """On all threads of a run. Else 0.9 times the smallest number there is, 1.4e-45, is rounded to that, for ever."""
+    words = [
+        "--train_data_path",
+        str(dataset),
+        "--checkpoint_dir",
+        str(tmp_path),
+        *TINY,
+        "--max_iters",
+        "1",
+        "--cpu_threads",
+        "2",
+    ]
+    found = [
+        subprocess.run([sys.executable, "-c", MOMENTS_LEFT, *own], capture_output=True, text=True, check=True, cwd=REPO).stdout
+        for own in ([], words)
+    ]
+    assert found[0] == "left 200000\n"
+    assert found[1].endswith("left 0\n")

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from accel_pretrain.models.config import ModelConfig
 
+_PAYS_FROM = 1 << 16  # numbers: in fewer the calls cost more than the passes
+
 
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (Zhang & Sennrich 2019, eq. 4), in float32.
@@ -28,7 +30,8 @@ class RMSNorm(nn.Module):
         weight = None if self.weight is None else self.weight.float()
         if self.kind == "rmsnorm_1p":
             weight = 1.0 + weight  # type: ignore[operator]  # this kind has one
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        large = torch.is_grad_enabled() or x.numel() >= _PAYS_FROM
+        if x.device.type == "cpu" and large and not torch.compiler.is_compiling():
             return _RMSNormInFewPasses.apply(x.float(), weight, self.eps).to(x.dtype)  # type: ignore[union-attr]
         return F.rms_norm(x.float(), self.shape, weight, self.eps).to(x.dtype)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import ForkServer
-from tests.faults.tally import TALLY
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +51,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "test_control_" in item.name or "left_out" in item.name:
             item.add_marker(pytest.mark.controls)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if TALLY.injected:
-        terminalreporter.section("faults")
-        for line in TALLY.lines():
-            terminalreporter.write_line(line)

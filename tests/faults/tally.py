@@ -24,6 +24,12 @@ class Tally:
         self.caught += caught
         return caught
 
+    def merge(self, other: Tally) -> None:
+        for kind, count in other.injected.items():
+            self.add(kind, count)
+        for name in ("lost", "silent", "tracebacks", "mutants", "caught"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def lines(self) -> list[str]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.injected.items()))
         return [

@@ -126,7 +126,7 @@ def test_no_state_of_the_disk_loses_a_checkpoint(server: ForkServer, scratch: Pa
     assert not found, found[:5]
 
 
-@pytest.mark.parametrize("name", ["save and keep one", "point"])
+@pytest.mark.parametrize("name", [pytest.param("save and keep one", marks=pytest.mark.faults), "point"])
 def test_every_flush_that_is_left_out_is_noticed(server: ForkServer, scratch: Path, name: str) -> None:
     """Of each file, of the manifest, of the folders, of the run directory after each of its changes, of the pointers."""
     own = recorded(server, scratch, name)
