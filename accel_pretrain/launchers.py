@@ -5,11 +5,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,6 +88,24 @@ def environment_of_its_own(**extra: str) -> dict[str, str]:
     """The environment for a run that another program starts: this one without what a launcher has set, and ``extra``."""
     dropped = launcher_variables().keys() - {"ACCELERATE_USE_CPU"}
     return {name: value for name, value in os.environ.items() if name not in dropped} | extra
+
+
+# Who is killed cannot end what he has started: Linux does. Not a preexec_fn, which may lock up where there are threads.
+_PR_SET_PDEATHSIG = 1
+_FOLLOWING = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})
+if os.getppid() != int(sys.argv[1]):
+    sys.exit({128 + signal.SIGTERM})
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def following(command: Sequence[str]) -> list[str]:
+    """The same command, but on Linux it gets SIGTERM when the process that has started it, this one, is gone."""
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _FOLLOWING, str(os.getpid()), *command]
 
 
 def is_restart() -> bool:

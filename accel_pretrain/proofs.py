@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from accel_pretrain.config import Plan, RunConfig, make_plan, open_splits
 from accel_pretrain.errors import PretrainError
-from accel_pretrain.launchers import environment_of_its_own
+from accel_pretrain.launchers import environment_of_its_own, following
 from accel_pretrain.metrics import METRICS_FILE, read_metrics
 from accel_pretrain.schedule import Constant
 from accel_pretrain.tokenizer import load_tokenizer
@@ -135,7 +135,12 @@ def shrunk(config: RunConfig, parameters: int) -> tuple[RunConfig, list[str]]:
 def run_to_its_end(command: Sequence[str], what: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program of ours, with ``variables`` in its environment. Raises :class:`Failed` with its own first error."""
     done = subprocess.run(
-        command, env=environment_of_its_own(**variables), capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+        following(command),
+        env=environment_of_its_own(**variables),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=_TIMEOUT,
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("error")] or done.stderr.splitlines()[-1:]
@@ -185,7 +190,9 @@ class Runs:
     def kill_after(self, step: int) -> int | None:
         """Start a run and kill it once the checkpoint of ``step`` is there; the newest one then, None if it was too late."""
         command = self.command("killed", "--checkpoint_interval", "1")
-        process = subprocess.Popen(command, env=environment_of_its_own(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            following(command), env=environment_of_its_own(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + _TIMEOUT
         while process.poll() is None and not self.checkpoint("killed", step).exists() and time.monotonic() < deadline:
             time.sleep(0.002)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -15,20 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from accel_pretrain.errors import LockedError
-from accel_pretrain.launchers import environment_of_its_own
+from accel_pretrain.launchers import environment_of_its_own, following
 from accel_pretrain.metrics import METRICS_FILE, read_metrics
 from accel_pretrain.status import read_status
 
 _PATIENCE = 60.0  # seconds that a trial which was asked to stop has for saving
-# A sweep that is killed cannot end its trial: Linux does. Not a preexec_fn, which may lock up where there are threads.
-_PR_SET_PDEATHSIG = 1
-_FOLLOWING = f"""
-import ctypes, os, sys
-ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})
-if os.getppid() != int(sys.argv[1]):
-    sys.exit({128 + signal.SIGTERM})
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
 
 
 @dataclass(kw_only=True)
@@ -50,13 +39,6 @@ class Trial:
     @property
     def words(self) -> str:
         return " ".join(f"--{name} {shlex.quote(value)}" for name, value in self.parameters.items())
-
-
-def following(command: Sequence[str]) -> list[str]:
-    """The same command, but on Linux it gets SIGTERM when the process that has started it, this one, is gone."""
-    if sys.platform != "linux":
-        return list(command)
-    return [sys.executable, "-I", "-S", "-c", _FOLLOWING, str(os.getpid()), *command]
 
 
 def run_trial(trial: Trial, sweep_dir: Path, start: Sequence[str], words: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from accel_pretrain.launchers import following
 from benchmarks.quality_race import Arm, Machine, mean_se, speeds, words_of
 
 THIRDS = (1, 2, 3)  # horizons, in thirds of the longest
@@ -29,7 +30,7 @@ def final_loss(arm: Arm, data: dict[str, Any], run_dir: Path, seed: int, machine
         "checkpoint.keep_last": None, **more,
     }  # fmt: skip
     command = [sys.executable, "-m", "accel_pretrain.train", *words_of(settings)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(following(command), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{run_dir.name}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
