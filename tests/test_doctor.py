@@ -222,7 +222,7 @@ def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:
     sleeper = f"import os, pathlib, time; pathlib.Path({str(here)!r}).write_text(str(os.getpid())); time.sleep(300)"
     call = f"run_to_its_end([sys.executable, '-c', {sleeper!r}], 'it')"
     program = f"import sys; from accel_pretrain.proofs import run_to_its_end; {call}"
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPO)
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, text=True)
     until(lambda: here.exists() and here.read_text(), parent)
     child = Path("/proc") / here.read_text()
     assert child.exists()
