@@ -7,7 +7,8 @@ Each loop has a process of its own with the same number of threads; all are resi
 in turns, so that a slow minute of the machine is slow for all. Weights, tokens, batches, AdamW and clipping are the same, and
 over the first updates the losses must be too (to 1e-4 relative in float32, 2e-3 in bfloat16). GPT-2's shape for nanoGPT, the
 Trainer of transformers and an Accelerate loop around its model; Llama's for litgpt. Those with a peer in ``--peers`` run.
-The first update's time, which has the compilation in it, is reported apart.
+The first update's time, which has the compilation in it, is reported apart. The share is that of the rate of large
+products, measured in the same turns, which the operations of the model reach.
 
 nanoGPT is a checkout (https://github.com/karpathy/nanoGPT); litgpt installs without touching torch:
 ``pip install --no-deps --target DIR litgpt lightning lightning-utilities torchmetrics jsonargparse``, then ``--path DIR``.
@@ -22,13 +23,14 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 GPT, LLAMA = ("nanogpt", "trainer", "accelerate"), ("litgpt",)
 COMPARED = 4  # updates whose losses must agree
+SIZE, PRODUCTS = 2048, 8  # of square matrices, whose rate is the measure of all
 
 
 def shapes(name: str) -> dict[str, Any]:
@@ -78,12 +80,32 @@ def child(pipe: Connection, name: str, arguments: argparse.Namespace) -> None:
         train_loops.trainer(work, turn)
     loops: dict[str, Callable[[train_loops.Work], Any]] = {
         "nanogpt": train_loops.nanogpt, "accelerate": train_loops.accelerate_loop, "litgpt": train_loops.litgpt,
+        "products": products,
     }  # fmt: skip
     updates = loops.get(name, train_loops.ours)(work)
     loss = None
     while True:
         turn(loss)
         loss = next(updates)
+
+
+def products(work: Any) -> Iterator[float]:
+    """No training: a few products of large square matrices, the most that the processor can do."""
+    import torch
+
+    one, other = (torch.randn(SIZE, SIZE, dtype=torch.bfloat16 if work.bf16 else torch.float32) for _ in range(2))
+    out = torch.empty_like(one)
+    while True:
+        for _ in range(PRODUCTS):
+            torch.mm(one, other, out=out)
+        yield 0.0
+
+
+def flops_per_token(model: Any) -> int:
+    """As :meth:`Transformer.flops_per_token` counts them, of a model that is never made."""
+    from accel_pretrain.models.hollow import hollow
+
+    return hollow(model, model.vocab_size).flops_per_token()
 
 
 def run(names: list[str], arguments: argparse.Namespace) -> dict[str, list[tuple[float, float, int]]]:
@@ -109,6 +131,8 @@ def check_losses(answers: dict[str, list[tuple[float, float, int]]], precision: 
     tolerance = {"fp32": 1e-4, "bf16": 2e-3}[precision]
     parted = []
     for name, own in answers.items():
+        if name == "products":
+            continue
         base = answers.get("ours llama" if name in ("litgpt", "ours llama") else "ours", own)
         pairs = list(zip(own[:COMPARED], base[:COMPARED], strict=True))
         if any(abs(a[0] - b[0]) > tolerance * b[0] for a, b in pairs):
@@ -135,22 +159,26 @@ def main() -> None:
     names = ["ours"] * any(name in GPT for name in peers) + [name for name in peers if name in GPT]
     names += ["ours llama"] * any(name in LLAMA for name in peers) + [name for name in peers if name in LLAMA]
     load = os.getloadavg()[0]
-    answers = run(names or ["ours", "ours llama"], arguments)
+    answers = run([*(names or ["ours", "ours llama"]), "products"], arguments)
     found = shapes(arguments.shape)
     tokens = found["batch_size"] * found["gpt"].context_length
     print(
         f"\n{arguments.shape}, {arguments.precision}, {'compiled' if arguments.compiled else 'eager'}, "
         f"{arguments.threads} threads, medians of {arguments.rounds} updates in turns; load when it began: {load:.1f}"
     )
-    print(f"{'':<12}{'tokens/s':>10}{'quickest':>10}{'ours is':>10}{'peak MB':>9}{'first s':>9}")
+    print(f"{'':<12}{'tokens/s':>10}{'quickest':>10}{'ours is':>10}{'peak MB':>9}{'first s':>9}{'share':>7}")
     timed = {name: [seconds for _, seconds, _ in rows[arguments.warmup :]] for name, rows in answers.items()}
-    for name, rows in answers.items():
+    rate = PRODUCTS * 2 * SIZE**3 / statistics.median(timed.pop("products"))
+    for name in timed:
+        rows, llama = answers[name], name in ("litgpt", "ours llama")
+        share = tokens * flops_per_token(found["llama" if llama else "gpt"]) / statistics.median(timed[name]) / rate
         base = timed["ours llama" if name in ("litgpt", "ours llama") else "ours"]
         ratio = statistics.median(timed[name]) / statistics.median(base)
         print(
             f"{name:<12}{tokens / statistics.median(timed[name]):>10.0f}{tokens / min(timed[name]):>10.0f}{ratio:>9.2f}x"
-            f"{rows[-1][2]:>9}{rows[0][1]:>9.1f}"
+            f"{rows[-1][2]:>9}{rows[0][1]:>9.1f}{share:>7.0%}"
         )
+    print(f"share: of {rate / 1e12:.2f} TFLOP/s, products of {SIZE} x {SIZE} matrices in the same turns")
     parted = check_losses(answers, arguments.precision)
     print("\n".join(["the losses part from ours:", *parted]) if parted else f"losses agree over {COMPARED} updates")
     sys.exit(1 if parted else 0)
