@@ -29,7 +29,7 @@ from accel_pretrain.loop import train_step
 from accel_pretrain.origin import find_origin, weights_of
 from accel_pretrain.parallel import fill
 from accel_pretrain.peers import Peers
-from accel_pretrain.runtime import build_accelerator, describe_runtime
+from accel_pretrain.runtime import build_accelerator, describe_runtime, tiny_is_zero
 from accel_pretrain.schedule import Constant
 from accel_pretrain.trial import build, whole_updates
 from accel_pretrain.typed_values import NULLS
@@ -69,6 +69,7 @@ class RangeTest:
         return float(f"{self.rates[self.chosen]:.1e}")
 
 
+@tiny_is_zero()
 def find(config: RunConfig) -> int:
     """Measure, draw, and say what to type; returns the exit code. Collective."""
     refuse_what_is_another_run(config)

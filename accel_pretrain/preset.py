@@ -34,7 +34,7 @@ where 1024 tokens per update end at 1.62. Who has many devices types a ``--globa
 ``mup_base_width`` neither: it knows width, but depth and length change with the dial, too.
 
 **Decay** of weights 0.1 (Liu et al. 2025, "Muon is scalable"). **Schedule**: linear to 0 (Bergsma et al. 2025, "Straight to
-zero"), after a warm-up of 2 %. Ten evaluations, of so many windows that they take about a sixtieth of the time.
+zero"), after a warm-up of 2 %. Ten evaluations, of so many windows that they take a sixtieth of the time, more in short runs.
 
 What was said elsewhere counts: the parameters are those of the shape in force, ``max_tokens`` is D for batch and rate
 (``max_iters`` and ``epochs`` only end a run), and the rate is that of the batch in force. An optimizer to which the rate does
@@ -136,14 +136,14 @@ def best_rate(count: int, width: int, tokens: float, batch: float) -> float:
     return min(1.79 * count**-0.713 * tokens**0.307, 0.07 / math.sqrt(width)) * min(4.0, math.sqrt(batch / best_batch(tokens)))
 
 
-def evaluations(updates: int, sequences: int, windows: int, interval: int | None = None) -> tuple[int, int]:
+def evaluations(updates: int, sequences: int, windows: int, context: int, interval: int | None = None) -> tuple[int, int]:
     """Updates from one to the next of about ten, and batches of so many ``windows`` in each: 1/40 of what is trained between.
 
     ``interval`` is what a person has said of the first.
-    Both splits are read, for a third of an update's operations: 1/60 of the time. Never less than 128 windows.
+    Both splits are read, for a third of an update's operations: 1/60 of the time. Never fewer than 32 windows, or 2^15 tokens.
     """
     interval = interval or min(5000, max(100, updates // 10))
-    return interval, math.ceil(min(6400, max(128, interval * sequences / 40)) / windows)
+    return interval, math.ceil(min(6400, max(32, 2**15 / context, interval * sequences / 40)) / windows)
 
 
 # ---------------------------------------------------------------------------------------------------------- put together
@@ -184,7 +184,7 @@ def _amounts(config: RunConfig, given: frozenset[str], processes: int) -> dict[s
     per_update = own.sequences * config.model.context_length
     updates, evaluation = config.training.max_iters or own.tokens // per_update, config.evaluation
     said = evaluation.eval_interval if "evaluation.eval_interval" in given else None
-    interval, batches = evaluations(updates, own.sequences, evaluation.eval_batch_size, said)
+    interval, batches = evaluations(updates, own.sequences, evaluation.eval_batch_size, config.model.context_length, said)
     chosen: dict[str, Any] = {
         "training.batch_size": own.micro, "evaluation.eval_interval": interval, "evaluation.eval_iters": batches
     }  # fmt: skip

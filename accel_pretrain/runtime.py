@@ -131,9 +131,6 @@ def build_accelerator(
         # Huge pages for large tensors, where Linux lets one ask for them. PyTorch looks when it makes its first tensor.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         torch.set_num_threads(_threads(training.cpu_threads))
-        # Adam's averages for a token that does not come again end among numbers below 1.2e-38, each of which would cost as
-        # much as twenty others: those count as 0.
-        torch.set_flush_denormal(True)
     else:
         torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -289,6 +286,20 @@ def few_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextlib.contextmanager
+def tiny_is_zero() -> Iterator[None]:
+    """Let float32 numbers below 1.2e-38 count as 0 where a CPU computes, as they do on GPUs.
+
+    Adam's averages for a token that does not come again end among them, and a processor takes ten to twenty times as long for
+    such a number. PyTorch's threads inherit this when they are made: so it comes before the first computation of a process.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def describe_runtime(accelerator: Accelerator, training: TrainingConfig, parallel: ParallelConfig) -> str:

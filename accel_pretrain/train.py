@@ -43,7 +43,15 @@ from accel_pretrain.peers import Peers
 from accel_pretrain.preset import describe, load_with
 from accel_pretrain.recovery import out_of_memory
 from accel_pretrain.run import TrainingRun, batches_of, sequence_weights
-from accel_pretrain.runtime import build_accelerator, describe_runtime, few_collections, peak_for, seed_everything, together
+from accel_pretrain.runtime import (
+    build_accelerator,
+    describe_runtime,
+    few_collections,
+    peak_for,
+    seed_everything,
+    tiny_is_zero,
+    together,
+)
 from accel_pretrain.saver import Saver
 from accel_pretrain.session import Session, session, watched
 from accel_pretrain.stopping import follow_the_launcher
@@ -122,6 +130,7 @@ def _named(path: Path) -> Path:
         return resolve(path.parent)
 
 
+@tiny_is_zero()
 def pretrain(config: RunConfig, *, only_print: bool = False) -> int:
     """Put a run together and train it; returns the exit code."""
     run_dir = config.checkpoint.checkpoint_dir

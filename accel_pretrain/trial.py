@@ -35,7 +35,7 @@ from accel_pretrain.loop import train_step
 from accel_pretrain.parallel import ParallelConfig, build_model, fill, prepare
 from accel_pretrain.probe import timer
 from accel_pretrain.run import TrainingRun, batches_of, sequence_weights
-from accel_pretrain.runtime import TrainingConfig, build_accelerator, seed_everything
+from accel_pretrain.runtime import TrainingConfig, build_accelerator, seed_everything, tiny_is_zero
 from accel_pretrain.saver import Saver
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.stopping import StopSignal
@@ -154,6 +154,7 @@ def main(question: Path, answer: Path) -> None:
     write_whole(answer, json.dumps(asdict(trial)).encode())
 
 
+@tiny_is_zero()
 def _trial(
     config: RunConfig, *, folder: Path, vocab_size: int, samples: int, updates: int, seconds: float, limit: int | None
 ) -> Trial:

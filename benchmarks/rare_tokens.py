@@ -3,15 +3,16 @@
     python -m benchmarks.rare_tokens
 
 Such an average shrinks by a factor with every update, and after some 750 it is among the numbers below 1.2e-38, where a
-processor takes twenty times as long; it stays there, for 0.9 times the smallest number is rounded to just that. A run counts
-them as 0 (:func:`accel_pretrain.runtime.build_accelerator`). Here two processes train the same model with an output matrix of
+processor takes ten to twenty times as long; it stays there, for 0.9 times the smallest numbers is rounded to the same. A run
+counts them as 0 (:func:`accel_pretrain.runtime.tiny_is_zero`). Here two processes train the same model with an output matrix of
 its own on the same tokens, drawn as words are (the n-th most frequent one n times as rare as the first) from GPT-2's 50,257;
-one of them undoes that setting. In turns, an update each.
+one of them without that. In turns, an update each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import statistics
 import time
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from accel_pretrain.models import ModelConfig
+from accel_pretrain.runtime import tiny_is_zero
 from benchmarks import train_loops
 
 VOCAB, CONTEXT, BATCH = 50257, 64, 4
@@ -39,16 +41,13 @@ class Text(train_loops.Work):
 def child(pipe: Connection, updates: int, threads: int, flushes: bool) -> None:
     """An update for each word from the pipe, answered by its seconds and loss."""
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # before there are threads: they inherit it
     train_loops.BATCHES = updates
-    if not flushes:
-        torch.set_flush_denormal(False)
-        torch.set_flush_denormal = lambda mode: False  # type: ignore[assignment]
-    loop = train_loops.ours(Text(model=SHAPE, batch_size=BATCH, bf16=False, compiled=False))
-    while pipe.recv():
-        begin = time.perf_counter()
-        loss = next(loop)
-        pipe.send((time.perf_counter() - begin, loss))
+    with tiny_is_zero() if flushes else contextlib.nullcontext():
+        loop = train_loops.ours(Text(model=SHAPE, batch_size=BATCH, bf16=False, compiled=False))
+        while pipe.recv():
+            begin = time.perf_counter()
+            loss = next(loop)
+            pipe.send((time.perf_counter() - begin, loss))
 
 
 def main() -> None:
@@ -61,6 +60,7 @@ def main() -> None:
         pipes[name], theirs = context.Pipe()
         answers[name] = []
         context.Process(target=child, args=(theirs, options.updates, options.threads, flushes), daemon=True).start()
+        theirs.close()
     for _ in range(options.updates):
         for name, pipe in pipes.items():
             pipe.send(True)

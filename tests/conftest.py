@@ -60,7 +60,6 @@ def _fresh_process_state() -> Iterator[None]:
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture

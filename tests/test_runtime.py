@@ -278,9 +278,14 @@ def test_a_run_goes_on_where_nobody_knows_a_home(dataset: Path, tmp_path: Path) 
 MOMENTS_LEFT = """
 import sys, torch
 from accel_pretrain import train
+torch.set_num_threads(2)
 if sys.argv[1:]:
     train.main(sys.argv[1:])
-torch.set_num_threads(2)
+else:
+    torch.ones(200_000).add_(1)  # there are threads now
+assert float("1e-310") > 0, "afterwards all is as before"
+if not torch.set_flush_denormal(True):  # of the main thread
+    sys.exit("left unknown")
 parameter = torch.nn.Parameter(torch.ones(200_000))  # so many that both threads take part
 parameter.grad = torch.zeros_like(parameter)
 optimizer = torch.optim.AdamW([parameter], fused=True)
@@ -293,7 +298,7 @@ print("left", int(average.view(torch.int32).count_nonzero()))
 
 
 def test_numbers_that_would_slow_a_processor_down_count_as_zero(dataset: Path, tmp_path: Path) -> None:
-    """On all threads of a run. Else 0.9 times the smallest number there is, 1.4e-45, is rounded to that, for ever."""
+    """On the other thread of a run too. Else 0.9 times the smallest numbers there are is rounded to the same, for ever."""
     words = [
         "--train_data_path",
         str(dataset),
@@ -305,9 +310,11 @@ def test_numbers_that_would_slow_a_processor_down_count_as_zero(dataset: Path, t
         "--cpu_threads",
         "2",
     ]
-    found = [
-        subprocess.run([sys.executable, "-c", MOMENTS_LEFT, *own], capture_output=True, text=True, check=True, cwd=REPO).stdout
+    control, found = (
+        subprocess.run([sys.executable, "-c", MOMENTS_LEFT, *own], capture_output=True, text=True, cwd=REPO)
         for own in ([], words)
-    ]
-    assert found[0] == "left 200000\n"
-    assert found[1].endswith("left 0\n")
+    )
+    if "left unknown" in control.stderr:
+        pytest.skip("this processor cannot")
+    assert control.stdout == "left 100000\n", control.stderr
+    assert found.stdout.endswith("left 0\n"), found.stderr

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from accel_pretrain.models.config import ModelConfig
 
-_PAYS_FROM = 1 << 16  # numbers: in fewer the calls cost more than the passes
+_PAYS_FROM = 1 << 18  # numbers: in fewer the calls cost more than the passes
 
 
 class RMSNorm(nn.Module):
