@@ -80,6 +80,7 @@ def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     text = stdlib_text(22_000)
     dataset = write_dataset(tmp_path / "data", text[:20_000], text[20_000:])
     monkeypatch.setattr(quality_wsd, "subprocess", SimpleNamespace(run=in_this_process))
+    monkeypatch.setattr(quality_wsd, "following", list)
     out, picture = tmp_path / "law.json", tmp_path / "law.png"
     words = ["--data", str(dataset), "--depths", "1,2,3", "--flops", "5e8", "--context", "32", "--threads", "1"]
     scaling_law.main([*words, "--precision", "no", "--out", str(out), "--plot", str(picture)])
