@@ -27,9 +27,10 @@ from accel_pretrain.config import RunConfig, make_plan, open_splits
 from accel_pretrain.errors import PretrainError, refuse
 from accel_pretrain.loop import train_step
 from accel_pretrain.origin import find_origin, weights_of
+from accel_pretrain.pace import tiny_is_zero
 from accel_pretrain.parallel import fill
 from accel_pretrain.peers import Peers
-from accel_pretrain.runtime import build_accelerator, describe_runtime, tiny_is_zero
+from accel_pretrain.runtime import build_accelerator, describe_runtime
 from accel_pretrain.schedule import Constant
 from accel_pretrain.trial import build, whole_updates
 from accel_pretrain.typed_values import NULLS

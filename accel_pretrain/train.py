@@ -38,20 +38,13 @@ from accel_pretrain.machines import refuse_differences, refuse_other_folders
 from accel_pretrain.one_batch import OneBatch
 from accel_pretrain.optim import describe_groups
 from accel_pretrain.origin import find_origin, refuse_other_shape, weights_of
+from accel_pretrain.pace import few_collections, tiny_is_zero
 from accel_pretrain.parallel import build_model, fill, prepare
 from accel_pretrain.peers import Peers
 from accel_pretrain.preset import describe, load_with
 from accel_pretrain.recovery import out_of_memory
 from accel_pretrain.run import TrainingRun, batches_of, sequence_weights
-from accel_pretrain.runtime import (
-    build_accelerator,
-    describe_runtime,
-    few_collections,
-    peak_for,
-    seed_everything,
-    tiny_is_zero,
-    together,
-)
+from accel_pretrain.runtime import build_accelerator, describe_runtime, peak_for, seed_everything, together
 from accel_pretrain.saver import Saver
 from accel_pretrain.session import Session, session, watched
 from accel_pretrain.stopping import follow_the_launcher

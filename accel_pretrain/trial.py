@@ -32,10 +32,11 @@ from accel_pretrain.config import Plan, RunConfig, Splits, make_plan
 from accel_pretrain.files import write_whole
 from accel_pretrain.launchers import environment_of_its_own
 from accel_pretrain.loop import train_step
+from accel_pretrain.pace import tiny_is_zero
 from accel_pretrain.parallel import ParallelConfig, build_model, fill, prepare
 from accel_pretrain.probe import timer
 from accel_pretrain.run import TrainingRun, batches_of, sequence_weights
-from accel_pretrain.runtime import TrainingConfig, build_accelerator, seed_everything, tiny_is_zero
+from accel_pretrain.runtime import TrainingConfig, build_accelerator, seed_everything
 from accel_pretrain.saver import Saver
 from accel_pretrain.shards import TokenSplit
 from accel_pretrain.stopping import StopSignal

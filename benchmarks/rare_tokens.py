@@ -4,7 +4,7 @@
 
 Such an average shrinks by a factor with every update, and after some 750 it is among the numbers below 1.2e-38, where a
 processor takes ten to twenty times as long; it stays there, for 0.9 times the smallest numbers is rounded to the same. A run
-counts them as 0 (:func:`accel_pretrain.runtime.tiny_is_zero`). Here two processes train the same model with an output matrix of
+counts them as 0 (:func:`accel_pretrain.pace.tiny_is_zero`). Here two processes train the same model with an output matrix of
 its own on the same tokens, drawn as words are (the n-th most frequent one n times as rare as the first) from GPT-2's 50,257;
 one of them without that. In turns, an update each.
 """
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from accel_pretrain.models import ModelConfig
-from accel_pretrain.runtime import tiny_is_zero
+from accel_pretrain.pace import tiny_is_zero
 from benchmarks import train_loops
 
 VOCAB, CONTEXT, BATCH = 50257, 64, 4

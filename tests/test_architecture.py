@@ -34,6 +34,7 @@ LEVELS = (
         "cluster",
         "probe",
         "update_costs",
+        "pace",
     ),
     (
         "slurm",

@@ -23,7 +23,7 @@ from accel_pretrain.commit import problem_with
 from accel_pretrain.config import RunConfig
 from accel_pretrain.errors import CheckpointError, ConfigError, DataError, PretrainError
 from accel_pretrain.metrics import cut_back, read_metrics
-from accel_pretrain.runtime import few_collections
+from accel_pretrain.pace import few_collections
 from accel_pretrain.shards import open_split
 from accel_pretrain.typed_yaml import leaves, load, parse_command_line
 from tests.running import REPO, Train, newest
