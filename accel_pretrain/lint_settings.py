@@ -100,12 +100,11 @@ def optimizer(o: Outlook) -> Findings:
             yield Finding("muon_costly", text, "type --optimizer.name adamw, or a larger --batch_size", serious=False)
     if isinstance(config, SGD | Lion):
         return
-    if isinstance(config, AdamWScheduleFree):
-        pass  # its beta1 is no decay
-    elif config.beta1 > config.beta2:
+    decays = not isinstance(config, AdamWScheduleFree)  # whose beta1 is a place between two weights
+    if decays and config.beta1 > config.beta2:
         text = f"optimizer.beta1 {config.beta1:g} is above beta2 {config.beta2:g}: they look swapped"
         yield Finding("betas_swapped", text, f"type --beta1 {config.beta2:g} --beta2 {config.beta1:g}")
-    elif config.beta1 < 0.5:
+    elif decays and config.beta1 < 0.5:
         text = f"optimizer.beta1 {config.beta1:g}: updates follow single batches"
         yield Finding("beta1_low", text, "type --beta1 0.9")
     if last > 100 and 2 / (1 - config.beta2) > last:

@@ -135,13 +135,9 @@ def shrunk(config: RunConfig, parameters: int) -> tuple[RunConfig, list[str]]:
 def run_to_its_end(command: Sequence[str], what: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program of ours, with ``variables`` in its environment. Raises :class:`Failed` with its own first error."""
     done = subprocess.run(
-        following(command),
-        env=environment_of_its_own(**variables),
-        capture_output=True,
-        text=True,
-        errors="replace",
+        following(command), env=environment_of_its_own(**variables), capture_output=True, text=True, errors="replace",
         timeout=_TIMEOUT,
-    )
+    )  # fmt: skip
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("error")] or done.stderr.splitlines()[-1:]
         raise Failed(f"{what} ended with {done.returncode}: {' '.join(lines[:1])}")

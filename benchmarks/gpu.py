@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -40,7 +39,7 @@ from accel_pretrain.run import TrainingRun
 from accel_pretrain.runtime import TrainingConfig, build_accelerator
 from accel_pretrain.schedule import Constant
 from accel_pretrain.trial import build, made_up_tokens, measure
-from benchmarks import train_loops
+from benchmarks import runs, train_loops
 
 PARTS = ("gemm", "attention", "checks", "sync", "speed", "turns")
 GPT2 = {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True, "tie_embeddings": True, "d_ff": None}
@@ -266,22 +265,11 @@ def child(pipe: Connection, name: str, arguments: argparse.Namespace) -> None:
 
 def turns(arguments: argparse.Namespace) -> bool:
     """Ours and nanoGPT, both resident, an update of one at a time; whether their losses agree over the first updates."""
-    context, pipes = multiprocessing.get_context("spawn"), {}
-    for name in ("ours", "nanogpt"):
-        pipes[name], theirs = context.Pipe()
-        context.Process(target=child, args=(theirs, name, arguments), daemon=True).start()
-        theirs.close()
-    answers: dict[str, list[tuple[float, float]]] = {name: [] for name in pipes}
-    for _ in range(4 + arguments.rounds):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            try:
-                answers[name].append(pipe.recv())
-            except EOFError:
-                print(f"turns      FAILED: {name} has ended, for the reason above")
-                return False
-    for pipe in pipes.values():
-        pipe.send(False)
+    try:
+        answers = runs.in_turns(child, {name: (name, arguments) for name in ("ours", "nanogpt")}, 4 + arguments.rounds)
+    except EOFError as error:
+        print(f"turns      FAILED: {error} has ended, for the reason above")
+        return False
     median = {name: statistics.median(seconds for _, seconds in found[4:]) for name, found in answers.items()}
     pairs = list(zip(answers["ours"][:4], answers["nanogpt"][:4], strict=True))
     agree = all(abs(a - b) <= 2e-3 * b for (a, _), (b, _) in pairs)

@@ -18,17 +18,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState
-from accel_pretrain.config import RunConfig, make_plan, open_splits
+from accel_pretrain.config import RunConfig
 from accel_pretrain.data import DataConfig
-from accel_pretrain.loop import Update, evaluate, log_update, save, train_step
+from accel_pretrain.loop import evaluate, log_update, save, train_step
 from accel_pretrain.run import TrainingRun
-from accel_pretrain.runtime import TrainingConfig, build_accelerator
-from accel_pretrain.session import Session
-from accel_pretrain.train import assemble
+from accel_pretrain.runtime import TrainingConfig
+from benchmarks.runs import assembled
+
+T = TypeVar("T")
 
 
 def run_of(options: argparse.Namespace, folder: Path) -> TrainingRun:
@@ -44,39 +46,33 @@ def run_of(options: argparse.Namespace, folder: Path) -> TrainingRun:
         training=TrainingConfig(batch_size=options.batch_size, compile=False),
         checkpoint=CheckpointConfig(checkpoint_dir=folder / "run"),
     )
-    config.checkpoint.checkpoint_dir.mkdir()
-    splits = open_splits(config.data)
-    accelerator = build_accelerator(config.training, [], folder / "run")
-    return assemble(config, make_plan(config, splits, 1), splits, accelerator, Session())[0]
+    return assembled(config)[0]
 
 
-class Parts:
-    """What a run does, piece by piece, timed."""
+def timed(run: TrainingRun, rounds: int, updates: int) -> dict[str, list[float]]:
+    """Seconds of what a run does, piece by piece: in each round some updates, then one of all the rest."""
+    seconds: dict[str, list[float]] = {name: [] for name in ("update", "row", "evaluation", "save")}
+    state = TrainState()
 
-    def __init__(self, run: TrainingRun) -> None:
-        self.run, self.state = run, TrainState()
-        self.seconds: dict[str, list[float]] = {name: [] for name in ("update", "row", "evaluation", "save")}
-
-    def turn(self, updates: int, log: Path) -> None:
-        """Some updates, then one of all the rest."""
-        state, done = self.state, list[Update]()
-
-        def update() -> None:
-            done.append(found) if (found := train_step(self.run, state)) else None
-            state.step += 1
-            state.samples += self.run.plan.samples_per_step
-
-        for _ in range(updates):
-            self._timed("update", update)
-        with log.open("a") as file, contextlib.redirect_stdout(file):
-            self._timed("row", lambda: log_update(self.run, state, done[-1]))
-            self._timed("evaluation", lambda: evaluate(self.run, state, "eval"))
-            self._timed("save", lambda: save(self.run, state, is_best=True))
-
-    def _timed(self, name: str, call: Callable[[], object]) -> None:
+    def clocked(name: str, call: Callable[..., T], *words: object, **more: object) -> T:
         begin = time.perf_counter()
-        call()
-        self.seconds[name].append(time.perf_counter() - begin)
+        found = call(*words, **more)
+        seconds[name].append(time.perf_counter() - begin)
+        return found
+
+    for _ in range(2):
+        train_step(run, TrainState())  # warm
+    for _ in range(rounds):
+        update = None
+        for _ in range(updates):
+            update = clocked("update", train_step, run, state)
+            assert update is not None
+            state.step, state.samples = state.step + 1, state.samples + update.samples
+        with (run.config.checkpoint.checkpoint_dir.parent / "log.txt").open("a") as file, contextlib.redirect_stdout(file):
+            clocked("row", log_update, run, state, update)
+            clocked("evaluation", evaluate, run, state, "eval")
+            clocked("save", save, run, state, is_best=True)
+    return seconds
 
 
 def main() -> None:
@@ -88,14 +84,9 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=50257)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        parts = Parts(run_of(options, folder))
-        for _ in range(2):
-            train_step(parts.run, TrainState())  # warm
-        for _ in range(options.rounds):
-            parts.turn(options.updates, folder / "log.txt")
-        config, plan = parts.run.config, parts.run.plan
-    median = {name: statistics.median(values) for name, values in parts.seconds.items()}
+        run = run_of(options, Path(name))
+        median = {part: statistics.median(found) for part, found in timed(run, options.rounds, options.updates).items()}
+    config, plan = run.config, run.plan
     evaluations = config.evaluation.eval_interval
     intervals = {"row": config.logging.log_interval, "evaluation": evaluations, "save": evaluations}
     print(f"{plan.parameters:,} parameters, {plan.tokens_per_step:,} tokens per update")

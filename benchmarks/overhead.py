@@ -28,15 +28,14 @@ import numpy as np
 import torch
 
 from accel_pretrain.checkpoint import CheckpointConfig, TrainState
-from accel_pretrain.config import RunConfig, make_plan, open_splits
+from accel_pretrain.config import RunConfig
 from accel_pretrain.data import DataConfig
 from accel_pretrain.loop import Update, log_update, train_step
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.optim import AdamW
 from accel_pretrain.run import TrainingRun
-from accel_pretrain.runtime import TrainingConfig, build_accelerator, seed_everything
-from accel_pretrain.session import Session
-from accel_pretrain.train import assemble
+from accel_pretrain.runtime import TrainingConfig, seed_everything
+from benchmarks.runs import assembled
 
 MICRO_STEPS, BATCH, CONTEXT, VOCAB = 4, 4, 32, 256
 SHAPE = ModelConfig(vocab_size=VOCAB, context_length=CONTEXT, d_model=64, num_layers=2, num_heads=4, d_ff=128)
@@ -51,11 +50,7 @@ def our_run(folder: Path) -> TrainingRun:
         training=TrainingConfig(batch_size=BATCH, gradient_accumulation_steps=MICRO_STEPS, device="cpu", mixed_precision="no"),
         checkpoint=CheckpointConfig(checkpoint_dir=folder / "run"),
     )
-    config.checkpoint.checkpoint_dir.mkdir()
-    splits = open_splits(config.data)
-    accelerator = build_accelerator(config.training, [], folder / "run")
-    plan = make_plan(config, splits, 1)
-    return assemble(config, plan, splits, accelerator, Session())[0]
+    return assembled(config)[0]
 
 
 def ours(run: TrainingRun) -> Callable[[], None]:

@@ -75,21 +75,17 @@ def words_of(settings: Settings) -> list[str]:
 def member(pipe: Connection, words: list[str], machine: Machine) -> None:
     """One arm: answers updates to reach with its :class:`Point`, and seconds with how many updates fit in; None ends it."""
     os.environ |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": str(machine.threads)}
-    from accel_pretrain.config import RunConfig, make_plan, open_splits
+    from accel_pretrain.config import RunConfig
     from accel_pretrain.loop import _validate, train_step
-    from accel_pretrain.runtime import build_accelerator
-    from accel_pretrain.session import Session
-    from accel_pretrain.train import assemble
     from accel_pretrain.typed_yaml import load, parse_command_line
+    from benchmarks.runs import assembled
 
     clock = time.process_time if machine.cpu_time else time.perf_counter
     config = load(RunConfig, None, parse_command_line(RunConfig, words).overrides)
     with contextlib.redirect_stdout(io.StringIO()):
-        splits = open_splits(config.data)
-        accelerator = build_accelerator(config.training, [], config.checkpoint.checkpoint_dir)
-        plan = make_plan(config, splits, 1)
-        run, state = assemble(config, plan, splits, accelerator, Session())
-    flops, seconds = plan.flops_per_token * plan.tokens_per_step, 0.0
+        run, state = assembled(config)
+    plan, seconds = run.plan, 0.0
+    flops = plan.flops_per_token * plan.tokens_per_step
     pipe.send("ready")
     while (wanted := pipe.recv()) is not None:
         begin, first = clock(), state.step

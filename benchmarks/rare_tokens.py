@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import statistics
 import time
 from multiprocessing.connection import Connection
@@ -23,7 +22,7 @@ import torch
 
 from accel_pretrain.models import ModelConfig
 from accel_pretrain.pace import tiny_is_zero
-from benchmarks import train_loops
+from benchmarks import runs, train_loops
 
 VOCAB, CONTEXT, BATCH = 50257, 64, 4
 SHAPE = ModelConfig(vocab_size=VOCAB, context_length=CONTEXT, d_model=128, num_layers=2, num_heads=4)
@@ -55,18 +54,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    context, pipes, answers = multiprocessing.get_context("spawn"), {}, {}
-    for name, flushes in (("as it is", True), ("without", False)):
-        pipes[name], theirs = context.Pipe()
-        answers[name] = []
-        context.Process(target=child, args=(theirs, options.updates, options.threads, flushes), daemon=True).start()
-        theirs.close()
-    for _ in range(options.updates):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            answers[name].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send(False)
+    members = {name: (options.updates, options.threads, name == "as it is") for name in ("as it is", "without")}
+    answers = runs.in_turns(child, members, options.updates)
     part = max(1, options.updates // 10)
     print(f"milliseconds per update, median of {part}")
     print(f"{'updates':>12}{'as it is':>10}{'without':>10}{'ratio':>8}{'losses':>20}")

@@ -53,20 +53,15 @@ def member(pipe: Connection, words: list[str], variables: dict[str, str]) -> Non
     os.environ.update(variables)
     import torch
 
-    from accel_pretrain.config import RunConfig, make_plan, open_splits
+    from accel_pretrain.config import RunConfig
     from accel_pretrain.loop import _validate, train_step
-    from accel_pretrain.runtime import build_accelerator
-    from accel_pretrain.session import Session
-    from accel_pretrain.train import assemble
     from accel_pretrain.typed_yaml import load, parse_command_line
+    from benchmarks.runs import assembled
 
     config = load(RunConfig, None, parse_command_line(RunConfig, words).overrides)
     with contextlib.redirect_stdout(io.StringIO()):
-        splits = open_splits(config.data)
-        accelerator = build_accelerator(config.training, [], config.checkpoint.checkpoint_dir)
-        plan = make_plan(config, splits, accelerator.num_processes)
-        run, state = assemble(config, plan, splits, accelerator, Session())
-    pipe.send(plan.parameters)
+        run, state = assembled(config)
+    pipe.send(run.plan.parameters)
     while (what := pipe.recv()) is not None:
         begin = time.perf_counter()
         if what == "validate":
@@ -74,10 +69,10 @@ def member(pipe: Connection, words: list[str], variables: dict[str, str]) -> Non
             continue
         train_step(run, state)
         state.step += 1
-        state.samples += plan.samples_per_step
+        state.samples += run.plan.samples_per_step
         pipe.send(time.perf_counter() - begin)
     run.log.close()
-    accelerator.end_training()
+    run.accelerator.end_training()
     torch.set_num_threads(1)
 
 

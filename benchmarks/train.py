@@ -17,7 +17,6 @@ nanoGPT is a checkout (https://github.com/karpathy/nanoGPT); litgpt installs wit
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import resource
 import statistics
@@ -101,38 +100,11 @@ def products(work: Any) -> Iterator[float]:
         yield 0.0
 
 
-def flops_per_token(model: Any) -> int:
-    """As :meth:`Transformer.flops_per_token` counts them, of a model that is never made."""
-    from accel_pretrain.models.hollow import hollow
-
-    return hollow(model, model.vocab_size).flops_per_token()
-
-
-def run(names: list[str], arguments: argparse.Namespace) -> dict[str, list[tuple[float, float, int]]]:
-    """What each loop answers, update by update."""
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    for name in names:
-        pipes[name], theirs = context.Pipe()
-        context.Process(target=child, args=(theirs, name, arguments), daemon=True).start()
-        theirs.close()
-    answers: dict[str, list[tuple[float, float, int]]] = {name: [] for name in names}
-    for _ in range(arguments.warmup + arguments.rounds):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            answers[name].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send(False)
-    return answers
-
-
 def check_losses(answers: dict[str, list[tuple[float, float, int]]], precision: str) -> list[str]:
     """Where the losses of a peer part from ours."""
     tolerance = {"fp32": 1e-4, "bf16": 2e-3}[precision]
     parted = []
     for name, own in answers.items():
-        if name == "products":
-            continue
         base = answers.get("ours llama" if name in ("litgpt", "ours llama") else "ours", own)
         pairs = list(zip(own[:COMPARED], base[:COMPARED], strict=True))
         if any(abs(a[0] - b[0]) > tolerance * b[0] for a, b in pairs):
@@ -158,8 +130,13 @@ def main() -> None:
     assert arguments.threads == 1 or not arguments.cpu_time, "threads that wait for each other use processor time"
     names = ["ours"] * any(name in GPT for name in peers) + [name for name in peers if name in GPT]
     names += ["ours llama"] * any(name in LLAMA for name in peers) + [name for name in peers if name in LLAMA]
+    from accel_pretrain.models.hollow import hollow
+    from benchmarks import runs
+
     load = os.getloadavg()[0]
-    answers = run([*(names or ["ours", "ours llama"]), "products"], arguments)
+    members = {name: (name, arguments) for name in (*(names or ["ours", "ours llama"]), "products")}
+    answers = runs.in_turns(child, members, arguments.warmup + arguments.rounds)
+    rate = PRODUCTS * 2 * SIZE**3 / statistics.median(seconds for _, seconds, _ in answers.pop("products")[arguments.warmup :])
     found = shapes(arguments.shape)
     tokens = found["batch_size"] * found["gpt"].context_length
     print(
@@ -168,12 +145,11 @@ def main() -> None:
     )
     print(f"{'':<12}{'tokens/s':>10}{'quickest':>10}{'ours is':>10}{'peak MB':>9}{'first s':>9}{'share':>7}")
     timed = {name: [seconds for _, seconds, _ in rows[arguments.warmup :]] for name, rows in answers.items()}
-    rate = PRODUCTS * 2 * SIZE**3 / statistics.median(timed.pop("products"))
-    for name in timed:
-        rows, llama = answers[name], name in ("litgpt", "ours llama")
-        share = tokens * flops_per_token(found["llama" if llama else "gpt"]) / statistics.median(timed[name]) / rate
-        base = timed["ours llama" if name in ("litgpt", "ours llama") else "ours"]
-        ratio = statistics.median(timed[name]) / statistics.median(base)
+    for name, rows in answers.items():
+        kind, base = ("llama", "ours llama") if name in ("litgpt", "ours llama") else ("gpt", "ours")
+        flops = tokens * hollow(found[kind], found[kind].vocab_size).flops_per_token()
+        share = flops / statistics.median(timed[name]) / rate
+        ratio = statistics.median(timed[name]) / statistics.median(timed[base])
         print(
             f"{name:<12}{tokens / statistics.median(timed[name]):>10.0f}{tokens / min(timed[name]):>10.0f}{ratio:>9.2f}x"
             f"{rows[-1][2]:>9}{rows[0][1]:>9.1f}{share:>7.0%}"

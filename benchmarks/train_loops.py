@@ -20,16 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from accel_pretrain.checkpoint import CheckpointConfig, TrainState
-from accel_pretrain.config import RunConfig, make_plan, open_splits
+from accel_pretrain.checkpoint import CheckpointConfig
+from accel_pretrain.config import RunConfig
 from accel_pretrain.data import Batch, DataConfig
 from accel_pretrain.loop import train_step
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.optim import AdamW
-from accel_pretrain.runtime import TrainingConfig, build_accelerator
+from accel_pretrain.runtime import TrainingConfig
 from accel_pretrain.schedule import Constant
-from accel_pretrain.session import Session
-from accel_pretrain.train import assemble
+from benchmarks import runs
 
 LR, BETAS, DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
 BATCHES = 8  # different ones, taken in turns
@@ -87,12 +86,9 @@ def ours(work: Work) -> Iterator[float]:
             ),
             checkpoint=CheckpointConfig(checkpoint_dir=Path(folder) / "run"),
         )  # fmt: skip
-        config.checkpoint.checkpoint_dir.mkdir()
-        splits = open_splits(config.data)
-        accelerator = build_accelerator(config.training, [], Path(folder) / "run")
-        run, _ = assemble(config, make_plan(config, splits, 1), splits, accelerator, Session())
+        run, state = runs.assembled(config)
         run.module.load_state_dict(work.weights())
-        run, state = dataclasses.replace(run, batches=_Given(work)), TrainState()  # type: ignore[arg-type]
+        run = dataclasses.replace(run, batches=_Given(work))  # type: ignore[arg-type]
         while True:
             update = train_step(run, state)
             assert update is not None

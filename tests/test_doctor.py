@@ -17,7 +17,7 @@ from accel_pretrain.config import RunConfig, make_plan, open_splits
 from accel_pretrain.models import ModelConfig, Transformer
 from accel_pretrain.proofs import HALF, Failed, Runs, prove, shrunk
 from accel_pretrain.typed_yaml import load, parse_command_line
-from tests.processes import until
+from tests.processes import trainers, until
 from tests.running import REPO, TINY, environment
 
 Capture = pytest.CaptureFixture[str]
@@ -218,21 +218,10 @@ def test_every_shipped_shape_can_be_made_small(name: str, dataset: Path) -> None
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
 def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:
     """Even if it is killed: else a trainer would go on for minutes, unseen."""
-    here = tmp_path / "pid"
-    sleeper = f"import os, pathlib, time; pathlib.Path({str(here)!r}).write_text(str(os.getpid())); time.sleep(300)"
-    call = f"run_to_its_end([sys.executable, '-c', {sleeper!r}], 'it')"
+    call = f"run_to_its_end([sys.executable, '-c', 'import time; time.sleep(300)', {str(tmp_path)!r}], 'it')"
     program = f"import sys; from accel_pretrain.proofs import run_to_its_end; {call}"
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, text=True)
-    until(lambda: here.exists() and here.read_text(), parent)
-    child = Path("/proc") / here.read_text()
-    assert child.exists()
+    until(lambda: trainers(tmp_path), parent)
     parent.kill()
     parent.wait()
-
-    def gone() -> bool:
-        try:
-            return b") Z " in (child / "stat").read_bytes()  # nobody may have asked what became of it
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-
-    until(gone, seconds=20)
+    until(lambda: not trainers(tmp_path), seconds=20)

@@ -87,14 +87,8 @@ def test_evaluations_are_ten_and_take_a_sixtieth():
     assert evaluations(769, 8, 64, 256) == (100, 2)
     assert evaluations(769, 1, 8, 8192) == (100, 4)
     assert evaluations(10**6, 512, 64, 1024) == (5000, 100)
-    for words in (
-        "depth=2",
-        "depth=4",
-        "depth=8",
-        "depth=12",
-        "depth=4 --context_length 8192",
-        "depth=3 --context_length 4096",
-    ):
+    long = ("depth=4 --context_length 8192", "depth=3 --context_length 4096")
+    for words in ("depth=2", "depth=4", "depth=8", "depth=12", *long):
         outlook = look_ahead(dialled(f"--preset {words} --vocab_size 257"), None)
         assert outlook.eval_share is not None
         assert outlook.eval_share < 0.06

@@ -299,17 +299,8 @@ print("left", int(average.view(torch.int32).count_nonzero()))
 
 def test_numbers_that_would_slow_a_processor_down_count_as_zero(dataset: Path, tmp_path: Path) -> None:
     """On the other thread of a run too. Else 0.9 times the smallest numbers there are is rounded to the same, for ever."""
-    words = [
-        "--train_data_path",
-        str(dataset),
-        "--checkpoint_dir",
-        str(tmp_path),
-        *TINY,
-        "--max_iters",
-        "1",
-        "--cpu_threads",
-        "2",
-    ]
+    places = ["--train_data_path", str(dataset), "--checkpoint_dir", str(tmp_path)]
+    words = [*places, *TINY, "--max_iters", "1", "--cpu_threads", "2"]
     control, found = (
         subprocess.run([sys.executable, "-c", MOMENTS_LEFT, *own], capture_output=True, text=True, cwd=REPO)
         for own in ([], words)

@@ -30,8 +30,8 @@ class RMSNorm(nn.Module):
         weight = None if self.weight is None else self.weight.float()
         if self.kind == "rmsnorm_1p":
             weight = 1.0 + weight  # type: ignore[operator]  # this kind has one
-        large = torch.is_grad_enabled() or x.numel() >= _PAYS_FROM
-        if x.device.type == "cpu" and large and not torch.compiler.is_compiling():
+        pays = torch.is_grad_enabled() or x.numel() >= _PAYS_FROM
+        if x.device.type == "cpu" and pays and not torch.compiler.is_compiling():
             return _RMSNormInFewPasses.apply(x.float(), weight, self.eps).to(x.dtype)  # type: ignore[union-attr]
         return F.rms_norm(x.float(), self.shape, weight, self.eps).to(x.dtype)
 
