@@ -20,8 +20,8 @@ the same. The baseline runs on the fast paths of this package, too.
 **tokens**: Muon against AdamW at three rates, of which the best counts, with the same model, batches and schedule and the same
 rate of the embeddings: the part of AdamW's tokens that Muon needs.
 **wsd**: three horizons by one WSD run and branches from its checkpoints, against three full cosine runs.
-**ingredients**: everything of which the recipe is made, added to the baseline and removed from the recipe, at equal time.
-Nothing else is tuned again for it: a row is what that one thing does there.
+**ingredients**: everything of which the recipe is made, added to the baseline and removed from the recipe, at equal FLOPs (of
+the model), and what it does to the time. Nothing else is tuned again for it: a row is what that one thing does there.
 
 Arms are trained in turns by :mod:`benchmarks.quality_race`: a slice of some seconds each, and the clock of an arm counts only
 its own slices; evaluation is not counted. ``ratio`` is of seconds; FLOPs and tokens to the same loss are beside it. Seeds
@@ -46,7 +46,7 @@ from typing import Any
 import torch
 
 from benchmarks import quality_arms, quality_wsd
-from benchmarks.quality_race import Arm, Machine, Point, best, mean_se, planned, race, ratios, speeds
+from benchmarks.quality_race import Arm, Machine, Point, best, mean_se, operations, planned, race, ratios, speeds
 
 BAR = {"time": 0.5, "tokens": 0.75}
 PROBE_SECONDS = 12.0
@@ -54,11 +54,15 @@ Curves = Sequence[Mapping[str, list[Point]]]
 
 
 def run(arms: Sequence[Arm], data: dict[str, Any], options: argparse.Namespace, *, equal: str = "time") -> list[Any]:
-    """The curves of all arms, for every seed."""
+    """The curves of all arms, for every seed: in equal time, or in the updates or FLOPs that the first does in that time."""
     seconds, machine = 60 * options.minutes, Machine(options.threads, options.cpu_time, options.precision)
+    probe = min(PROBE_SECONDS, max(seconds / 15, min(6.0, seconds / 5)))
     with tempfile.TemporaryDirectory() as folder:
-        speed = speeds(arms, data, Path(folder), min(PROBE_SECONDS, max(seconds / 15, min(6.0, seconds / 5))), machine)
-        updates = planned(arms, speed, seconds, equal=equal)
+        speed = speeds(arms if equal == "time" else arms[:1], data, Path(folder), probe, machine)
+        if equal != "time":
+            costs = {arm.name: operations(arm, data) if equal == "flops" else 1.0 for arm in arms}
+            speed = {name: speed[arms[0].name] * costs[arms[0].name] / cost for name, cost in costs.items()}
+        updates = planned(arms, speed, seconds)
         print("  " + ", ".join(f"{name}: {count} updates" for name, count in updates.items()), flush=True)
         curves = []
         for seed in range(1, options.seeds + 1):
@@ -98,6 +102,26 @@ def show(rows: dict[str, Any]) -> None:
         print(f"  {name:<24}{_pm(row['loss'], 4):>18}{row['seconds'][0]:>10.0f}{row['tokens'] / 1e6:>9.2f}{needs}", flush=True)
 
 
+def changes(curves: Curves, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
+    """What each arm changes: ``+ x`` of the first arm, ``- x`` of the recipe. Of loss and time: mean and error of the pairs."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in (arm.name for arm in arms if arm.name[:2] in ("+ ", "- ")):
+        base = arms[0].name if name[0] == "+" else "recipe"
+        losses = [best(seed[name]).loss - best(seed[base]).loss for seed in curves]
+        times = [seed[name][-1].seconds / seed[base][-1].seconds for seed in curves]
+        found[name] = {"loss": mean_se(losses), "time": mean_se(times)}
+    return found
+
+
+def show_changes(found: Mapping[str, dict[str, Any]]) -> None:
+    """A row for each ingredient."""
+    print(f"  {'':<20}{'added: loss':>18}{'time':>8}{'removed: loss':>18}{'time':>8}")
+    for name in (name[2:] for name in found if name[0] == "+"):
+        pairs = (found[f"{sign} {name}"] for sign in "+-")
+        cells = (f"{pair['loss'][0]:>+9.3f} ± {pair['loss'][1]:.3f}{pair['time'][0]:>7.2f}x" for pair in pairs)
+        print(f"  {name:<20}" + "  ".join(cells), flush=True)
+
+
 def verdict(rows: dict[str, Any], figure: str, what: str) -> float | None:
     """The smallest ratio of the arms that reached the loss with every seed, against the bar."""
     found = [row[f"{what}_ratio"][0] for row in rows.values() if row[f"{what}_ratio"] is not None]
@@ -121,7 +145,7 @@ def measure(figure: str, corpus: str, data: dict[str, Any], options: argparse.Na
         arms = [quality_arms.with_adamw(muon, rate) for rate in quality_arms.ADAMW_RATES]
         arms += [replace(muon, name=f"muon {s:g}", share=s) for s in options.token_shares]
     elif figure == "ingredients":
-        arms = quality_arms.ingredient_arms(corpus)
+        arms, equal = quality_arms.ingredient_arms(corpus), "flops"
     elif figure == "tune":
         arms = quality_arms.tune_arms(corpus)
     else:
@@ -136,6 +160,9 @@ def measure(figure: str, corpus: str, data: dict[str, Any], options: argparse.Na
         found[f"{figure}_ratio"] = verdict(
             {name: row for name, row in rows.items() if name not in rivals}, figure, "seconds" if figure == "time" else "tokens"
         )
+    if figure == "ingredients":
+        found["changes"] = changes(curves, arms)
+        show_changes(found["changes"])
     found["curves"] = [{name: [asdict(point) for point in curve] for name, curve in seed.items()} for seed in curves]
     return found
 

@@ -105,6 +105,16 @@ def member(pipe: Connection, words: list[str], machine: Machine) -> None:
     run.log.close()
 
 
+def operations(arm: Arm, data: Settings) -> float:
+    """FLOPs of one update, forward and backward. Those of the optimizer are not counted."""
+    from accel_pretrain.config import RunConfig, make_plan, open_splits
+    from accel_pretrain.typed_yaml import load, parse_command_line
+
+    config = load(RunConfig, None, parse_command_line(RunConfig, words_of({**arm.settings, **data})).overrides)
+    plan = make_plan(config, open_splits(config.data), 1)
+    return float(plan.flops_per_token * plan.tokens_per_step)
+
+
 class Resident:
     """An arm in its process, waiting for what to do."""
 
@@ -176,10 +186,9 @@ def race(
     return curves
 
 
-def planned(arms: Sequence[Arm], speed: Mapping[str, float], seconds: float, *, equal: str) -> dict[str, int]:
-    """Updates of each arm: its share of the time, or of the ``updates`` that the first arm does in that time."""
-    first = arms[0].name
-    return {arm.name: max(2, round(speed[first if equal == "updates" else arm.name] * seconds * arm.share)) for arm in arms}
+def planned(arms: Sequence[Arm], speed: Mapping[str, float], seconds: float) -> dict[str, int]:
+    """Updates of each arm in its share of the time, at ``speed`` updates per second."""
+    return {arm.name: max(2, round(speed[arm.name] * seconds * arm.share)) for arm in arms}
 
 
 # -------------------------------------------------------------------------------------------------------- what came of it

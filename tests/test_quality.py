@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,37 @@ def test_a_baseline_that_overfits_is_taken_at_its_best():
     assert ratios(seeds, "baseline", "baseline", "tokens") == [1.0]
 
 
-def test_shares_are_of_time_or_of_updates():
+def test_shares_are_of_time():
     arms = [Arm("a", {}), Arm("b", {}, 0.5)]
-    assert planned(arms, {"a": 10.0, "b": 30.0}, 60, equal="time") == {"a": 600, "b": 900}
-    assert planned(arms, {"a": 10.0, "b": 30.0}, 60, equal="updates") == {"a": 600, "b": 300}
+    assert planned(arms, {"a": 10.0, "b": 30.0}, 60) == {"a": 600, "b": 900}
+
+
+def test_equal_operations_are_updates_in_inverse_proportion(monkeypatch: pytest.MonkeyPatch, dataset: Path):
+    """Of models as large, batches twice as large are half as many; equal updates are equal."""
+    base = Arm("a", {"model.d_model": 16, "model.num_layers": 1, "model.num_heads": 1, "training.batch_size": 2})
+    arms = [base, base.but("b", {"training.batch_size": 4}), replace(base, name="c", share=0.5)]
+    planned_as: list[dict[str, int]] = []
+    monkeypatch.setattr(quality, "speeds", lambda arms, *_: {arm.name: 10.0 for arm in arms})
+    monkeypatch.setattr(quality, "race", lambda arms, updates, *_: planned_as.append(updates) or {})
+    options = argparse.Namespace(minutes=1, threads=1, cpu_time=True, precision="no", seeds=1, rounds=1)
+    for equal in ("flops", "updates"):
+        quality.run(arms, {"data.train_data_path": dataset}, options, equal=equal)
+    assert planned_as == [{"a": 600, "b": 300, "c": 300}, {"a": 600, "b": 600, "c": 300}]
+
+
+def test_what_an_ingredient_does_is_the_mean_of_pairs(capsys: pytest.CaptureFixture[str]):
+    """Two seeds, one of which is harder for all: that is no error of a difference."""
+    arms = [Arm(name, {}) for name in ("baseline", "+ x", "recipe", "- x")]
+    seeds = [
+        {"baseline": curve(4.0), "+ x": curve(3.8, seconds=12), "recipe": curve(3.0), "- x": curve(3.1)},
+        {"baseline": curve(5.0), "+ x": curve(4.9, seconds=12), "recipe": curve(4.0), "- x": curve(4.3)},
+    ]
+    found = quality.changes(seeds, arms)
+    assert found["+ x"]["loss"] == (pytest.approx(-0.15), pytest.approx(0.05))
+    assert found["- x"]["loss"] == (pytest.approx(0.2), pytest.approx(0.1))
+    assert found["+ x"]["time"] == (pytest.approx(1.2), pytest.approx(0))
+    quality.show_changes(found)
+    assert " ".join(capsys.readouterr().out.split("\n")[1].split()) == "x -0.150 ± 0.050 1.20x +0.200 ± 0.100 1.00x"
 
 
 @pytest.mark.parametrize("corpus", ["code", "text"])
