@@ -19,9 +19,6 @@ from accel_pretrain.history import read_starts
 from accel_pretrain.metrics import METRICS_FILE, read_metrics
 
 AXES = {"update": "Updates", "tokens": "Tokens", "flops": "Operations (FLOP)", "time": "Hours of training"}
-RUN_COLOURS = (
-    "#4878a8", "#d1603d", "#5b9a68", "#8d6cab", "#b8923a", "#4a9fa5", "#b0567f", "#6d6d6d", "#7a8f2b", "#8a5a3c",
-)  # fmt: skip
 _MEDIANS = 2000  # of so many windows at most; between them a line
 
 

@@ -25,6 +25,7 @@ from accel_pretrain.aids import DebugConfig
 from accel_pretrain.checkpoint import TrainState
 from accel_pretrain.config import RunConfig, make_plan, open_splits
 from accel_pretrain.errors import PretrainError, refuse
+from accel_pretrain.look import STYLE, TRAIN, VAL
 from accel_pretrain.loop import train_step
 from accel_pretrain.origin import find_origin, weights_of
 from accel_pretrain.pace import tiny_is_zero
@@ -170,18 +171,17 @@ def draw(result: RangeTest, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 5), facecolor="white", layout="constrained")
         ax = figure.subplots()
-        ax.plot(result.rates, result.losses, color="#4878a8", linewidth=0.8, alpha=0.35, label="measured")
-        ax.plot(result.rates, result.smoothed, color="#4878a8", linewidth=2, label="smoothed")
+        ax.plot(result.rates, result.losses, color=TRAIN, linewidth=0.8, alpha=0.35, label="measured")
+        ax.plot(result.rates, result.smoothed, color=TRAIN, linewidth=2, label="smoothed")
         height = result.smoothed[result.chosen]
-        ax.axvline(result.suggestion, color="#d1603d", linewidth=1, linestyle=(0, (4, 3)))
-        ax.plot([result.suggestion], [height], "o", color="#d1603d", label=f"suggestion: --lr {result.suggestion:g}")
+        ax.axvline(result.suggestion, color=VAL, linewidth=1, linestyle=(0, (4, 3)))
+        ax.plot([result.suggestion], [height], "o", color=VAL, label=f"suggestion: --lr {result.suggestion:g}")
         ax.set_xscale("log")
         ax.set_ylim(result.smoothed.min() - 0.2, result.smoothed[: result.smoothed.argmin() + 1].max() + 0.5)
         ax.set_xlabel("Learning rate")
         ax.set_title("Loss (nats per token), the rate rising from update to update", loc="left", fontsize=11)
-        ax.grid(color="#e8e8e8", linewidth=0.6)
         ax.legend()
         figure.savefig(path, dpi=150)

@@ -12,24 +12,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from accel_pretrain.curves import (
-    RUN_COLOURS,
-    Run,
-    Series,
-    is_noisy,
-    metrics_path,
-    moving_median,
-    read_runs,
-    short,
-    unit_of,
-    wants_log,
-)  # fmt: skip
+from accel_pretrain.curves import Run, Series, is_noisy, metrics_path, moving_median, read_runs, short, unit_of, wants_log
 from accel_pretrain.errors import ConfigError, PretrainError, refuse, reported
 from accel_pretrain.layer_maps import draw_layers
+from accel_pretrain.look import FAINT, RUN_COLOURS, STYLE, TRAIN, VAL
 from accel_pretrain.typed_yaml import load, option, parse_command_line
 
 if TYPE_CHECKING:
@@ -51,16 +41,6 @@ A run that has recorded its layers (debug.inspect_interval) gets a second pictur
 """
 
 FORMATS = (".png", ".svg", ".pdf")
-INK, FAINT = "#333333", "#8a8a8a"
-TRAIN, VAL = "#4878a8", "#d1603d"
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#bbbbbb",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8e8e8",
-    "grid.linewidth": 0.6, "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelsize": 9, "ytick.labelsize": 9,
-    "xtick.major.size": 3, "ytick.major.size": 0, "ytick.minor.size": 0, "lines.solid_capstyle": "round",
-    "legend.frameon": False, "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1,
-    "figure.constrained_layout.wspace": 0.04,
-}  # fmt: skip
 PANELS = {
     "train/loss": "Loss (nats per token)",
     "train/learning_rate": "Learning rate",

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel_pretrain import report_figures, report_page
-from accel_pretrain.curves import RUN_COLOURS, Run, metrics_path, read_runs
+from accel_pretrain.curves import Run, metrics_path, read_runs
 from accel_pretrain.errors import ConfigError, PretrainError, refuse, reported
+from accel_pretrain.look import RUN_COLOURS
 from accel_pretrain.report_facts import MOST_EVENTS, Event, defaults, differences, events, hindsight, samples, settings, summary
 from accel_pretrain.report_page import folded, table, texts
 from accel_pretrain.typed_yaml import load, option, parse_command_line

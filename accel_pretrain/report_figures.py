@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from accel_pretrain.curves import AXES, RUN_COLOURS, Run, Series, is_noisy, moving_median, thinned, unit_of, wants_log
+from accel_pretrain.curves import AXES, Run, Series, is_noisy, moving_median, thinned, unit_of, wants_log
 from accel_pretrain.errors import PretrainError
+from accel_pretrain.look import RUN_COLOURS, TRAIN, VAL
 
 if TYPE_CHECKING:
     from bokeh.models import ColumnDataSource
@@ -41,7 +42,6 @@ BESIDE: dict[str, Any] = {
     "evaluated": "above",
     "validation": "left",
 }  # where values are told, one not over the other
-TRAIN, VAL = "#4878a8", "#d1603d"
 
 
 def panels_of(runs: Sequence[Run]) -> dict[str, str]:

@@ -123,8 +123,7 @@ def draw(path: Path, moved: dict[bool, dict[int, dict[str, float]]], losses: dic
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from accel_pretrain.curves import RUN_COLOURS
-    from accel_pretrain.plot import STYLE
+    from accel_pretrain.look import RUN_COLOURS, STYLE
 
     rows = 2 if losses[True] else 1
     with mpl.rc_context(STYLE):

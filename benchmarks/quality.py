@@ -182,8 +182,7 @@ def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from accel_pretrain.curves import RUN_COLOURS
-    from accel_pretrain.plot import FAINT, STYLE
+    from accel_pretrain.look import FAINT, RUN_COLOURS, STYLE
 
     figures = [own for own in found if own["figure"] == "time"]
     with mpl.rc_context(STYLE):

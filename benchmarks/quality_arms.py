@@ -88,7 +88,7 @@ class Ingredient:
 
 
 INGREDIENTS = (
-    Ingredient("width and depth", ("model.d_model", "model.num_layers", "model.num_heads", "model.d_ff")),
+    Ingredient("shape", ("model.d_model", "model.num_layers", "model.num_heads", "model.d_ff")),
     Ingredient("context and batch", ("model.context_length", "training.batch_size")),
     Ingredient("RoPE", ("model.position",)),
     Ingredient("RMSNorm", ("model.norm",)),

@@ -149,7 +149,7 @@ def plot(rows: Sequence[dict[str, Any]], found: Minimum | None, flops: float, pa
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from accel_pretrain.plot import FAINT, STYLE, TRAIN, VAL
+    from accel_pretrain.look import FAINT, STYLE, TRAIN, VAL
 
     x, y = np.array([row["parameters"] for row in rows], dtype=float), np.array([row["loss"] for row in rows])
     errors = [row["standard_error"] or 0.0 for row in rows]

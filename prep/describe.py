@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from accel_pretrain.errors import ConfigError, DataError, PretrainError, refuse
+from accel_pretrain.look import INK, STYLE, TRAIN, VAL
 from accel_pretrain.shards import MANIFEST, TokenSplit, open_split, splits_in
 from accel_pretrain.tokenizer import Tokenizer, load_tokenizer
 from accel_pretrain.typed_yaml import option
@@ -29,8 +30,7 @@ usage: python -m prep.describe DIR [--png FILE] [--json]
 DIR is a dataset of prep.tokenize, or token files of other programs: a file, a folder or a quoted glob.
 """
 BAR = 40
-COLOURS = {"train": "#4878a8", "val": "#d1603d"}
-INK, FAINT = "#333333", "#8a8a8a"
+COLOURS = {"train": TRAIN, "val": VAL}
 
 
 @dataclass(frozen=True)
@@ -222,13 +222,15 @@ def draw(lengths: dict[str, np.ndarray], title: str, out: Path) -> None:
         raise PretrainError("--png needs matplotlib: pip install 'accel_pretrain[plot]'") from None
     if not lengths:
         raise ConfigError("png: where documents end is not known; name the --tokenizer")
-    style: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": "#bbbbbb"}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 1 + 2.6 * len(lengths)), facecolor="white", layout="constrained")
         panels = figure.subplots(len(lengths), 1, sharex=True, squeeze=False).flat
         longest = max(int(own.max()) for own in lengths.values())
-        edges = np.unique(np.round(2 ** (np.arange(2 * longest.bit_length() + 1) / 2)))  # half octaves, in whole tokens
+        shortest = min(int(own.min()) for own in lengths.values())
+        octaves = np.arange(2 * max(0, shortest.bit_length() - 1), 2 * longest.bit_length() + 1) / 2
+        edges = np.unique(np.round(2**octaves))  # half octaves, in whole tokens
         for ax, (name, own) in zip(panels, lengths.items(), strict=True):
+            ax.margins(y=0.15)  # room for what is written
             ax.hist(own, bins=edges, color=COLOURS.get(name, COLOURS["train"]), edgecolor="white", linewidth=0.4)
             median = float(np.median(own))
             ax.axvline(median, color=INK, linewidth=1, linestyle=":")
@@ -240,10 +242,7 @@ def draw(lengths: dict[str, np.ndarray], title: str, out: Path) -> None:
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            ax.grid(axis="y", color="#e8e8e8", linewidth=0.6)
-            ax.set_axisbelow(True)
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.tick_params(labelsize=9, colors=FAINT, which="both")
+            ax.grid(visible=False, axis="x")
         figure.supxlabel("tokens per document", color=INK, fontsize=10)
         heading = figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         heading.set_parse_math(False)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each level may import the levels above it in this list, and its own.
 LEVELS = (
-    ("redaction", "errors", "files", "commit", "lock", "status"),
+    ("redaction", "errors", "files", "commit", "lock", "status", "look"),
     (
         *("yaml_files", "typed_values", "typed_keys", "typed_yaml", "manifest", "token_formats", "shards"),
         *("mixture", "split_patterns", "token_text", "tokenizer", "permutation", "schedule", "errorbars", "space"),
@@ -77,7 +77,7 @@ LEVELS = (
 TORCH_FREE = {*LEVELS[0], *LEVELS[1]}
 ACCELERATE_FREE = TORCH_FREE | set(LEVELS[2])
 ENTRY_POINTS = set(LEVELS[-1])
-FOR_PREP = {"errors", "files", "lock", "typed_yaml", "shards", "split_patterns", "tokenizer"}
+FOR_PREP = {"errors", "files", "lock", "look", "typed_yaml", "shards", "split_patterns", "tokenizer"}
 LIBRARIES = {"torch", "accelerate"}
 
 MAX_FUNCTION, MAX_FILE = 60, 350
