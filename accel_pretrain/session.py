@@ -63,10 +63,14 @@ class Session:
 
 @contextlib.contextmanager
 def watched(accelerator: Accelerator, run_dir: Path, hang_timeout: float | None) -> Iterator[Watchdog]:
-    """A watchdog for this process. However the block ends, what Accelerate still has to do then cannot hang for long."""
+    """A watchdog for this process. However the block ends, what Accelerate still has to do then cannot hang for long.
+
+    Another process may end at any moment from here on, as one does that finds no data: that is told as :class:`PeerError`.
+    """
     with Watchdog(run_dir, accelerator.process_index, hang_timeout) as watchdog:
         try:
-            yield watchdog
+            with _others(accelerator, run_dir):
+                yield watchdog
         finally:
             if sys.exception() is not None:
                 _end_soon(watchdog, TEARDOWN)
@@ -90,12 +94,11 @@ def session(accelerator: Accelerator, run_dir: Path, watchdog: Watchdog) -> Iter
     # Signals last: a launcher that ends what is left of a failed run must not cut off the record of why.
     # Trackers after the status, which must be true even if they hang.
     with (
-        _others(accelerator, run_dir),
         StopSignal(timeout_of(accelerator)) as stop,
         _held(accelerator, run_dir, watchdog),
         contextlib.ExitStack() as afterwards,
         RunStatus(run_dir if main else None) as status,
-        _others(accelerator, run_dir),  # again: the status is to hear of it too
+        _others(accelerator, run_dir),  # which the status is to hear of
     ):
         stop.leaving = lambda code: status.end("interrupted", code, "left at once, without saving")
         watchdog.tell = lambda reason: record_failure(run_dir, HANG, reason)

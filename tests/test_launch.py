@@ -147,7 +147,9 @@ def test_files_for_one_process_and_the_default_one_of_accelerate(dataset: Path, 
 @pytest.mark.network
 def test_a_second_compiler_is_refused_with_the_file_that_asks_for_it(dataset: Path, tmp_path: Path) -> None:
     compiling = tmp_path / "compiling.yaml"
-    compiling.write_text(f"{(REPO / 'accelerate_config.yaml').read_text()}dynamo_config:\n  dynamo_backend: INDUCTOR\n")
+    own, key = (REPO / "accelerate_config.yaml").read_text(), "dynamo_backend: 'no'\n"
+    assert key in own  # the old form of this setting, which wins over the new one
+    compiling.write_text(own.replace(key, "dynamo_config:\n  dynamo_backend: INDUCTOR\n"))
     run = ["-m", "accel_pretrain.train", *words(dataset, tmp_path / "compiled")]
     refusal = said(start([*LAUNCH, "--config_file", str(compiling), *run]), 1)
     line = f"error: ACCELERATE_DYNAMO_BACKEND=INDUCTOR would compile the model a second time (it comes from {compiling}); "

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from torch import nn
 from accel_pretrain.checkpoint import TrainState
 from accel_pretrain.commit import checkpoints, problem_with
 from accel_pretrain.publish import publish
-from tests.running import REPO, environment, reseal
+from tests.running import REPO, TINY, environment, reseal
 
 SCRIPT = textwrap.dedent("""
     import json, sys
@@ -63,23 +62,21 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
-def two(arguments: list[str], script: Path) -> list[dict[str, Any]]:
-    """What each of two processes said, each the first of its machine."""
+def two(*commands: list[str]) -> list[tuple[int, str]]:
+    """How each of two processes ended and what it said, each the first of its machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    script.write_text(SCRIPT)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), *arguments], cwd=REPO, env=environment(RANK=str(rank), **places), text=True,
+            [sys.executable, *command], cwd=REPO, env=environment(RANK=str(rank), **places), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
-        for rank in range(2)
+        for rank, command in enumerate(commands)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [json.loads(output.rpartition("said ")[2]) for output in outputs]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
 @pytest.fixture
@@ -93,6 +90,17 @@ def saved(tmp_path: Path) -> Path:
         publish(accelerator, tmp_path / "run", TrainState(step=step), facts={}, write_extras=lambda folder: None)
     (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
     return tmp_path / "run"
+
+
+def test_data_that_only_one_machine_has(dataset: Path, tmp_path: Path) -> None:
+    """The one that lacks it says what, and the other that it has lost that one: before there is a run."""
+    words = ["-m", "accel_pretrain.train", "--checkpoint_dir", str(tmp_path / "run"), *TINY, "--max_iters", "2"]
+    has, lacks = two(*([*words, "--train_data_path", str(data)] for data in (dataset, tmp_path / "nothing")))
+    assert (has[0], lacks[0]) == (1, 2)
+    assert f"error (rank 1): {tmp_path}/nothing does not exist; make a dataset with: " in lacks[1]
+    assert "error: another process of this run has ended or does not answer (" in has[1]
+    assert "Traceback" not in has[1] + lacks[1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_folders_that_are_not_shared(saved: Path, tmp_path: Path) -> None:
@@ -129,7 +137,10 @@ def test_folders_that_are_not_shared(saved: Path, tmp_path: Path) -> None:
     ]
     new = [str(tmp_path / "new0"), str(tmp_path / "new1")]
     words = json.dumps([(name, (str(one), str(two)), found, options) for name, one, two, found, options in scenes])
-    said = two([words, *new], tmp_path / "script.py")
+    (script := tmp_path / "script.py").write_text(SCRIPT)
+    ended = two(*[[str(script), words, *new]] * 2)
+    assert [code for code, _ in ended] == [0, 0], ended
+    said = [json.loads(output.rpartition("said ")[2]) for _, output in ended]
     host = socket.gethostname()
     for own in said:
         assert [own[name] for name in ("the same folder", "a copy", "named by a person")] == [None] * 3
