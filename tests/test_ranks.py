@@ -100,6 +100,7 @@ def test_a_killed_main_process_is_no_running_run(dataset: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # twenty runs of two processes
 @pytest.mark.parametrize("launcher", ["accelerate 2", "torchrun 2"])
 def test_killed_ranks_are_restarted_to_the_same_bits(dataset: Path, tmp_path: Path, launcher: str) -> None:
     """Ten times each, at random moments."""
