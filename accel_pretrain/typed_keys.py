@@ -12,6 +12,8 @@ from typing import Any
 from accel_pretrain.redaction import looks_secret
 from accel_pretrain.typed_values import accepts, is_union
 
+_LONGEST = 100  # letters of a key that is no key
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -81,7 +83,8 @@ class Keys:
         if looks_secret(key) and not difflib.get_close_matches(key.rpartition(".")[2], self.short, n=1, cutoff=0.85):
             variable = key.rpartition(".")[2].upper()
             return f"{key}: a secret has no place in a config, which is recorded; set the environment variable {variable}"
-        return f"{key}: there is no such key{self._suggestion(key)}"
+        shown = key if len(key) <= _LONGEST else f"{key[:_LONGEST]}..."
+        return f"{shown}: there is no such key{self._suggestion(shown)}"
 
     def _suggestion(self, key: str) -> str:
         last = key.rpartition(".")[2]

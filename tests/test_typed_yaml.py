@@ -290,6 +290,7 @@ def test_unknown_key_suggests_the_nearest_known_one(key: str, nearest: str, form
 def test_key_that_resembles_nothing_lists_the_sections():
     sections = "checkpoint, data, debug, evaluation, logging, model, optimizer, parallel, schedule, training"
     assert message(from_argv, "--qqqq", "1") == f"qqqq: there is no such key; the sections are {sections}"
+    assert message(from_argv, "--" + "q" * 7000, "1") == f"{'q' * 100}...: there is no such key; the sections are {sections}"
 
 
 def test_words_that_are_no_overrides_are_refused_unless_they_are_wanted():
