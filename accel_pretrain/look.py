@@ -7,7 +7,7 @@ from typing import Any
 INK, FAINT = "#333333", "#8a8a8a"
 TRAIN, VAL = "#4878a8", "#d1603d"
 RUN_COLOURS = (
-    "#4878a8", "#d1603d", "#5b9a68", "#8d6cab", "#b8923a", "#4a9fa5", "#b0567f", "#6d6d6d", "#7a8f2b", "#8a5a3c",
+    TRAIN, VAL, "#5b9a68", "#8d6cab", "#b8923a", "#4a9fa5", "#b0567f", "#6d6d6d", "#7a8f2b", "#8a5a3c",
 )  # fmt: skip
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#bbbbbb",

@@ -20,7 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accel_pretrain.config import RunConfig
 
 Settings = Mapping[str, Any]  # of the trainer, by dotted key; the values as they stand in YAML
 PROBES = 3  # turns in which the speed is measured; the first warms up
@@ -72,16 +75,22 @@ def words_of(settings: Settings) -> list[str]:
     ]
 
 
-def member(pipe: Connection, words: list[str], machine: Machine) -> None:
+def config_of(settings: Settings) -> RunConfig:
+    """The settings as the trainer resolves them."""
+    from accel_pretrain.config import RunConfig
+    from accel_pretrain.typed_yaml import load, parse_command_line
+
+    return load(RunConfig, None, parse_command_line(RunConfig, words_of(settings)).overrides)
+
+
+def member(pipe: Connection, settings: Settings, machine: Machine) -> None:
     """One arm: answers updates to reach with its :class:`Point`, and seconds with how many updates fit in; None ends it."""
     os.environ |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": str(machine.threads)}
-    from accel_pretrain.config import RunConfig
     from accel_pretrain.loop import _validate, train_step
-    from accel_pretrain.typed_yaml import load, parse_command_line
     from benchmarks.runs import assembled
 
     clock = time.process_time if machine.cpu_time else time.perf_counter
-    config = load(RunConfig, None, parse_command_line(RunConfig, words).overrides)
+    config = config_of(settings)
     with contextlib.redirect_stdout(io.StringIO()):
         run, state = assembled(config)
     plan, seconds = run.plan, 0.0
@@ -107,10 +116,9 @@ def member(pipe: Connection, words: list[str], machine: Machine) -> None:
 
 def operations(arm: Arm, data: Settings) -> float:
     """FLOPs of one update, forward and backward. Those of the optimizer are not counted."""
-    from accel_pretrain.config import RunConfig, make_plan, open_splits
-    from accel_pretrain.typed_yaml import load, parse_command_line
+    from accel_pretrain.config import make_plan, open_splits
 
-    config = load(RunConfig, None, parse_command_line(RunConfig, words_of({**arm.settings, **data})).overrides)
+    config = config_of({**arm.settings, **data})
     plan = make_plan(config, open_splits(config.data), 1)
     return float(plan.flops_per_token * plan.tokens_per_step)
 
@@ -127,7 +135,7 @@ class Resident:
             "training.max_iters": max_iters, "evaluation.eval_iters": None, "checkpoint.checkpoint_dir": run_dir,
         }  # fmt: skip
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=member, args=(theirs, words_of(settings), machine), daemon=True)
+        self.process = context.Process(target=member, args=(theirs, settings, machine), daemon=True)
         self.process.start()
         theirs.close()
         self.name = arm.name
